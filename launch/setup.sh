@@ -1,0 +1,60 @@
+#!/usr/bin/env bash
+# Makes .venv and installs lm_train into it, once. Safe when many processes start at the same time: one installs under a
+# lock, the others wait. With "dev" also the tools of the tests. Says what it does on standard error.
+set -euo pipefail
+
+root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
+venv=$root/.venv
+extra=${1:-}
+case $extra in
+  "" | dev) ;;
+  *) echo "usage: launch/setup.sh [dev]" >&2; exit 2 ;;
+esac
+
+# The mark holds the checksums of what was installed from: another version of these files installs again.
+wanted=$(cksum <"$root/pyproject.toml")-$(cksum <"$root/constraints.txt")
+ready() {
+  local mark=$venv/.ready${extra:+-$extra} found
+  [ -x "$venv/bin/python" ] && [ -r "$mark" ] && read -r found <"$mark" && [ "$found" = "$wanted" ]
+}
+
+ready && exit 0
+
+say() { echo "setup: $*" >&2; }
+
+python=${PYTHON:-python3}
+if ! command -v "$python" >/dev/null; then
+  say "no $python here. Install it: apt-get install python3 python3-venv"
+  exit 2
+fi
+if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+  say "$("$python" --version) is too old, 3.11 is needed. Install it (apt-get install python3.11 python3.11-venv), then PYTHON=python3.11 launch/setup.sh"
+  exit 2
+fi
+if ! "$python" -c 'import venv, ensurepip' 2>/dev/null; then
+  say "$python cannot make virtual environments. Install: apt-get install python3-venv"
+  exit 2
+fi
+if ! command -v flock >/dev/null; then
+  say "no flock here. Install it: apt-get install util-linux"
+  exit 2
+fi
+
+exec 9>"$root/.setup.lock" || { say "$root cannot be written; run launch/setup.sh as its owner first"; exit 73; }
+if ! flock -n 9; then
+  say "another process is installing; waiting for it"
+  flock 9
+fi
+ready && exit 0
+
+say "installing into $venv (minutes the first time; torch alone is large)"
+[ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
+torch=$(grep '^torch==' "$root/constraints.txt")
+pip() { "$venv/bin/python" -m pip --disable-pip-version-check --no-input "$@" >&2; }
+if ! { pip install --quiet "$torch" && pip install --quiet -c "$root/constraints.txt" -e "$root${extra:+[$extra]}"; }; then
+  say "the installation failed; the lines above say why. Without a network, run launch/setup.sh where there is one first"
+  exit 1
+fi
+echo "$wanted" >"$venv/.ready${extra:+-$extra}"
+if [ -n "$extra" ]; then echo "$wanted" >"$venv/.ready"; fi
+say "done"

@@ -1,0 +1,9 @@
+"""What happens around the steps: stopping, saving, measuring, showing."""
+
+from lm_train.callbacks.checkpoints import Checkpoints
+from lm_train.callbacks.debugging import DebugChecks
+from lm_train.callbacks.metrics import Metrics
+from lm_train.callbacks.progress import Progress
+from lm_train.callbacks.stopping import StopAgreement
+
+__all__ = ["Checkpoints", "DebugChecks", "Metrics", "Progress", "StopAgreement"]

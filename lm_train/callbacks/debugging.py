@@ -1,0 +1,121 @@
+"""`debug=true`: shapes of the first batch, the slowest operations, and whether one batch can be learnt by heart."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import lightning.pytorch as L
+import torch
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+from lm_train.data.text import Batch
+from lm_train.errors import LMTrainError
+from lm_train.loop import StepTrainer
+
+PROFILED_STEPS = range(5, 10)
+OVERFIT_STEPS = 400
+OVERFIT_LOSS = 0.1
+"""Nats a token that count as near zero: the right token has 90% of the probability."""
+_OVERFIT_TOKENS = 64
+
+
+class DebugChecks(L.Callback):
+    """Prints shapes and a profile to standard error."""
+
+    def __init__(self) -> None:
+        self._hooks: list[Any] = []
+        self._profile: Any = None
+        self.first_batch: Batch | None = None
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        if self.first_batch is None:
+            self.first_batch = batch
+            _say("shapes of the first batch:")
+            for name, tensor in batch.items():
+                _say(f"  {name:<36} {_shape(tensor)}")
+            self._watch_modules(pl_module.net)  # type: ignore[arg-type]
+        elif self._hooks:
+            for hook in self._hooks:
+                hook.remove()
+            self._hooks = []
+        if step in PROFILED_STEPS and self._profile is None:
+            activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
+            self._profile = profile(activities=activities)
+            self._profile.__enter__()
+
+    def on_train_batch_end(self, trainer: StepTrainer, pl_module: L.LightningModule, *args: Any) -> None:  # type: ignore[override]
+        if self._profile is not None and trainer.global_step > PROFILED_STEPS[-1]:
+            self._report(trainer)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._profile is not None:
+            self._report(trainer)
+
+    def _report(self, trainer: L.Trainer) -> None:
+        self._profile.__exit__(None, None, None)
+        events = self._profile.key_averages()
+        self._profile = None
+        on_gpu = trainer.strategy.root_device.type == "cuda"
+        key = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+        total = sum(getattr(event, key) for event in events) or 1
+        _say(f"slowest operations of {len(PROFILED_STEPS)} steps ({'GPU' if on_gpu else 'CPU'} time of their own):")
+        for event in sorted(events, key=lambda e: -getattr(e, key))[:8]:
+            share = getattr(event, key) / total
+            _say(f"  {event.key[:44]:<44} {share:6.1%}  {getattr(event, key) / 1e3:9.1f} ms  {event.count:6} calls")
+
+    def _watch_modules(self, net: nn.Module) -> None:
+        def hook(name: str) -> Any:
+            return lambda module, inputs, output: _say(f"  {name:<36} {_shape(output)}")
+
+        for name, module in net.named_modules():
+            if name.count(".") <= 1 and not isinstance(module, nn.ModuleList | nn.Dropout):
+                self._hooks.append(module.register_forward_hook(hook(name or type(net).__name__)))
+
+
+def overfit_one_batch(net: nn.Module, batch: Batch) -> float:
+    """Trains a fresh network on one short sequence of the batch until it knows it by heart.
+
+    Args:
+        net: freshly built, on its device; it is changed.
+        batch: `tokens` and `targets`, (B, T).
+
+    Returns:
+        The last loss, in nats a token.
+
+    Raises:
+        LMTrainError: if the loss does not come near zero: model, loss, gradient or optimizer is wrong.
+    """
+    device = next(net.parameters()).device
+    tokens, targets = (batch[key][:1, :_OVERFIT_TOKENS].to(device) for key in ("tokens", "targets"))
+    optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
+    net.eval()  # dropout would keep the loss up
+    loss, first = float("inf"), float("nan")
+    for step in range(OVERFIT_STEPS):
+        value = net(tokens, targets) / targets.numel()
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+        loss = value.item()
+        first = loss if step == 0 else first
+        if loss < OVERFIT_LOSS:
+            _say(f"overfit one batch: loss {first:.3f} -> {loss:.3f} in {step + 1} steps, as it should")
+            return loss
+    raise LMTrainError(
+        f"overfit one batch: loss {first:.3f} -> {loss:.3f} after {OVERFIT_STEPS} steps, expected below {OVERFIT_LOSS}; "
+        "a network that cannot learn one batch has a fault in model, loss or gradient"
+    )
+
+
+def _shape(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
+    return type(value).__name__
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,123 @@
+"""Reads loss, norms and times at logging steps only, and hands one row to every logger."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from typing import Any
+
+import lightning.pytorch as L
+import torch
+
+from lm_train.data import TextDataModule
+from lm_train.loop import StepTrainer
+from lm_train.modules import CausalLanguageModel
+from lm_train.plan import Plan
+
+
+class Metrics(L.Callback):
+    """Writes the contract's metrics: the first step, every n-th, the last, and each evaluation.
+
+    Between logging steps nothing here touches the device. `latest` holds the newest row for the progress display.
+
+    Args:
+        plan: FLOPs, peak, ranks.
+        flops_per_token: of the built model.
+        every: optimizer steps between two rows.
+        gpu_hours: what earlier starts of this run have used.
+    """
+
+    def __init__(self, plan: Plan, flops_per_token: int, every: int, gpu_hours: float = 0.0) -> None:
+        self.plan, self.flops_per_token, self.every = plan, flops_per_token, every
+        self.latest: dict[str, float] = {}
+        self._hours_before = gpu_hours
+        self._started = time.monotonic()
+        self._paused = 0.0
+        self._mark: tuple[float, int, float] | None = None
+
+    @property
+    def gpu_hours(self) -> float:
+        """Devices x hours of this run, earlier starts included; a CPU process counts as a device."""
+        return self._hours_before + self.plan.world_size * (time.monotonic() - self._started) / 3600
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._first_step = trainer.global_step + 1
+        self._reset_clock(trainer)
+
+    def on_train_batch_end(  # type: ignore[override]
+        self, trainer: StepTrainer, pl_module: CausalLanguageModel, *args: Any
+    ) -> None:
+        step = trainer.global_step
+        if not trainer.step_is_complete:
+            return
+        if step == self._first_step or step % self.every == 0 or step == trainer.max_steps:
+            self._log_step(trainer, pl_module, step)
+
+    def _log_step(self, trainer: StepTrainer, module: CausalLanguageModel, step: int) -> None:
+        plan, data = self.plan, trainer.datamodule  # type: ignore[attr-defined]
+        assert isinstance(data, TextDataModule)
+        loss = trainer.strategy.reduce(module.step_loss, reduce_op="mean")
+        values = torch.stack((loss.float(), module.grad_norm.float())).tolist()  # waits for the device
+        assert self._mark is not None
+        began, step_before, waited_before = self._mark
+        steps = step - step_before
+        seconds = (time.perf_counter() - began - self._paused) / steps
+        assert data.train_loader is not None
+        row: dict[str, float] = {
+            "epoch": data.epoch(step),
+            "tokens": step * plan.tokens_per_step,
+            "samples": step * plan.global_batch_size,
+            "train/loss": values[0],
+            "train/grad_norm": values[1],
+            "train/learning_rate": module.step_learning_rate,
+            "perf/step_seconds": seconds,
+            "perf/data_wait_seconds": (data.train_loader.wait_seconds - waited_before) / steps,
+            "perf/tokens_per_second": plan.tokens_per_step / seconds,
+            "perf/samples_per_second": plan.global_batch_size / seconds,
+            "memory/peak_bytes": _peak_bytes(plan),
+            "budget/gpu_hours": self.gpu_hours,
+        }
+        if plan.peak_flops_per_device is not None:
+            peak = plan.peak_flops_per_device * plan.world_size
+            row["perf/mfu"] = row["perf/tokens_per_second"] * self.flops_per_token / peak
+        self._write(trainer, row, step)
+        self._reset_clock(trainer)
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.pause()
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._log_evaluation(trainer, "val/")
+        self.go_on()
+
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._log_evaluation(trainer, "test/")
+
+    def pause(self) -> None:
+        """Takes the time until `go_on` out of the step time (validation, saving)."""
+        self._pause_began = time.perf_counter()
+
+    def go_on(self) -> None:
+        self._paused += time.perf_counter() - self._pause_began
+
+    def _log_evaluation(self, trainer: L.Trainer, prefix: str) -> None:
+        row = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith(prefix)}
+        self._write(trainer, row, trainer.global_step)
+
+    def _write(self, trainer: L.Trainer, row: dict[str, float], step: int) -> None:
+        self.latest |= row
+        for logger in trainer.loggers:
+            logger.log_metrics(row, step)
+
+    def _reset_clock(self, trainer: L.Trainer) -> None:
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        self._mark = (time.perf_counter(), trainer.global_step, data.train_loader.wait_seconds)
+        self._paused = 0.0
+
+
+def _peak_bytes(plan: Plan) -> int:
+    """Most memory this rank has held: allocated on the GPU, else resident (getrusage's unit is kilobytes on Linux)."""
+    if plan.accelerator == "gpu":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

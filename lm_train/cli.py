@@ -1,0 +1,124 @@
+"""The verbs of `lm-train`. A verb's module is imported only when that verb is called, so that --help stays fast."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+
+from lm_train import __version__
+from lm_train.errors import ExitCode, LMTrainError, UsageError
+
+HELP = """\
+usage: lm-train VERB [key=value ...]
+
+  train     train a model            lm-train train recipe=gpt_debug trainer.max_steps=200
+  recipes   list the shipped recipes
+  show      print a resolved recipe  lm-train show recipe=gpt_small model.n_layer=4 > mine.yaml
+  doctor    check this machine, each problem with its fix
+
+Words: recipe=NAME|PATH  section.key=value  section=KIND  section={key: value}  name=RUN  runs_dir=DIR  seed=N
+       resume=auto|never|PATH  debug=true  dry_run=true
+Sections: model data optim trainer checkpoint tracking; `lm-train show recipe=NAME` prints every key with its value.
+
+Exit codes: 0 done; 2 wrong command; 65 bad checkpoint; 66 bad data; 70 our bug; 73 cannot write; 75 stopped early,
+start again; 130 Ctrl-C, saved."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command line and returns its exit code; every error ends here, as one message."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _dispatch(words)
+    except UsageError as error:
+        for problem in error.problems:
+            print(f"lm-train: {problem}", file=sys.stderr)
+        return error.exit_code
+    except LMTrainError as error:
+        print(f"lm-train: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return ExitCode.INTERRUPTED
+    except BrokenPipeError:  # the reader of our output has gone, as in `lm-train show ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return ExitCode.DONE
+    except Exception as error:
+        if "debug=true" in words:
+            traceback.print_exc()
+        else:
+            print(f"lm-train: {type(error).__name__}: {error} (our bug; debug=true shows where)", file=sys.stderr)
+        return ExitCode.BUG
+
+
+def _dispatch(words: list[str]) -> int:
+    verbs: dict[str, Callable[[list[str]], int]] = {
+        "train": _train,
+        "recipes": _recipes,
+        "show": _show,
+        "doctor": _doctor,
+    }
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(HELP)
+        return ExitCode.DONE if words else ExitCode.USAGE
+    if words[0] in ("-V", "--version"):
+        print(f"lm-train {__version__}")
+        return ExitCode.DONE
+    verb, rest = words[0], words[1:]
+    if verb not in verbs:
+        from lm_train.recipe.explain import nearest
+
+        near = nearest(verb, verbs)
+        if "=" in verb:
+            raise UsageError(f"{verb}: a verb comes first; did you mean lm-train train {verb}?")
+        raise UsageError(
+            f"{verb}: no such verb; " + (f"did you mean {near}?" if near else f"there are {', '.join(verbs)}")
+        )
+    if any(word in ("-h", "--help") for word in rest):
+        print(HELP)
+        return ExitCode.DONE
+    return verbs[verb](rest)
+
+
+def _train(words: list[str]) -> int:
+    from lm_train.recipe import load
+
+    recipe = load(words)
+    if recipe.dry_run:
+        from lm_train.dry_run import dry_run
+
+        return dry_run(recipe)
+    from lm_train.launch import train
+
+    return train(recipe)
+
+
+def _recipes(words: list[str]) -> int:
+    from lm_train.recipe import shipped_recipes
+
+    _no_words("recipes", words)
+    for name, file in shipped_recipes().items():
+        head = [
+            line.lstrip("# ").rstrip() for line in file.read_text(encoding="utf-8").splitlines() if line.startswith("#")
+        ]
+        print(f"{name:<12} {head[0]}")
+    return ExitCode.DONE
+
+
+def _show(words: list[str]) -> int:
+    from lm_train.recipe import dump, load
+
+    print(dump(load(words)), end="")
+    return ExitCode.DONE
+
+
+def _doctor(words: list[str]) -> int:
+    from lm_train.doctor import examine
+
+    _no_words("doctor", words)
+    return examine()
+
+
+def _no_words(verb: str, words: list[str]) -> None:
+    if words:
+        raise UsageError(f"lm-train {verb} takes no words; got {' '.join(words)}")

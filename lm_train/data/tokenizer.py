@@ -1,0 +1,120 @@
+"""Tokenizers: loaded, made or trained, always a `tokenizers.Tokenizer`, so that one tokenizer.json holds any of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from lm_train.errors import DataError
+from lm_train.recipe.tokenizer_names import trained_bpe_size
+
+END_OF_TEXT = "<|endoftext|>"
+"""GPT-2's symbol between documents."""
+_HUB_GPT2 = "openai-community/gpt2"
+
+
+def load_tokenizer(name: str) -> Tokenizer | None:
+    """The tokenizer of that name, or None if it is to be made from the corpus (`chars`, `bpe:N`).
+
+    Raises:
+        DataError: if its files are not usable, or the hub is needed and out of reach.
+    """
+    if name == "chars" or trained_bpe_size(name) is not None:
+        return None
+    if name == "bytes":
+        return _byte_level({symbol: i for i, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, [])
+    if name == "gpt2" and not Path(name).exists():
+        return _from_hub(_HUB_GPT2)
+    path = Path(name).expanduser()
+    return _from_folder(path) if path.is_dir() else _from_file(path)
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """A byte-level BPE (Sennrich et al. 2016; on bytes: Radford et al. 2019, section 2.2) with `vocab_size` ids at most."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def make_char_tokenizer(texts: Iterable[str]) -> Tokenizer:
+    """One id for each distinct character of `texts`, in code-point order, as nanoGPT's character data sets."""
+    characters = sorted(set().union(*map(set, texts)))
+    tokenizer = Tokenizer(models.WordLevel({c: i for i, c in enumerate(characters)}, unk_token=characters[0]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("(?s)."), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return tokenizer
+
+
+def end_of_text_id(tokenizer: Tokenizer) -> int | None:
+    """The id between documents, or None if the vocabulary has none (characters)."""
+    return tokenizer.token_to_id(END_OF_TEXT)
+
+
+def _byte_level(vocab: dict[str, int], merges: list[tuple[str, str]]) -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE(vocab, merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([END_OF_TEXT])
+    return tokenizer
+
+
+def _from_folder(folder: Path) -> Tokenizer:
+    """tokenizer.json, or GPT-2's own pair encoder.json + vocab.bpe, or the hub's vocab.json + merges.txt."""
+    if (folder / "tokenizer.json").exists():
+        return _from_file(folder / "tokenizer.json")
+    for vocab_name, merges_name in (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt")):
+        vocab_file, merges_file = folder / vocab_name, folder / merges_name
+        if not vocab_file.exists():
+            continue
+        try:
+            vocab = json.loads(vocab_file.read_text(encoding="utf-8"))
+            lines = merges_file.read_text(encoding="utf-8").split("\n")
+        except (OSError, ValueError) as error:
+            raise DataError(f"data.tokenizer: {folder}: {error}") from None
+        merges = [
+            (a, b) for a, sep, b in (line.partition(" ") for line in lines if not line.startswith("#version")) if sep
+        ]
+        try:
+            return _byte_level(vocab, merges)
+        except Exception as error:  # tokenizers raises plain Exception
+            raise DataError(f"data.tokenizer: {vocab_file} and {merges_file} do not fit each other: {error}") from None
+    raise DataError(
+        f"data.tokenizer: {folder} has neither tokenizer.json, nor encoder.json and vocab.bpe, nor vocab.json and merges.txt"
+    )
+
+
+def _from_file(file: Path) -> Tokenizer:
+    try:
+        return Tokenizer.from_file(str(file))
+    except Exception as error:  # tokenizers raises plain Exception
+        raise DataError(f"data.tokenizer: {file} is not a tokenizer.json: {error}") from None
+
+
+def _from_hub(repository: str) -> Tokenizer:
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return _from_file(Path(hf_hub_download(repository, "tokenizer.json")))
+    except DataError:
+        raise
+    except Exception as error:
+        raise DataError(hub_out_of_reach(f"tokenizer {repository}", error)) from None
+
+
+def hub_out_of_reach(what: str, error: Exception) -> str:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
+    return (
+        f"{what}: not to be had from the Hugging Face hub ({type(error).__name__}: {reason}); give files of your own with "
+        "data.path=FILES data.tokenizer=DIR, or train on the embedded corpus with data=embedded"
+    )

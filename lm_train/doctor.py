@@ -1,0 +1,153 @@
+"""`lm-train doctor`: what this machine lacks, each problem with its fix."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import sys
+import tempfile
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from lm_train.data.source import cache_folder
+from lm_train.errors import ExitCode
+from lm_train.hardware import this_machine
+
+LOW_DISK_BYTES = 5 << 30
+BAD_LIGHTNING = ("2.6.2", "2.6.3")
+"""Malicious releases that stole credentials at import (GHSA-w37p-236h-pfx3)."""
+
+
+class Finding(NamedTuple):
+    state: Literal["ok", "note", "FAIL"]
+    what: str
+    fix: str = ""
+
+
+def examine() -> int:
+    """Prints every finding; returns 0 if nothing keeps a run from starting, else 2."""
+    findings = [finding for check in (_versions, _devices, _slurm, _wandb, _hub, _paths) for finding in check()]
+    for finding in findings:
+        print(f"{finding.state:<5} {finding.what}" + (f"\n      fix: {finding.fix}" if finding.fix else ""))
+    failed = sum(f.state == "FAIL" for f in findings)
+    print(f"{failed} problems" if failed else "ready to train")
+    return ExitCode.USAGE if failed else ExitCode.DONE
+
+
+def _versions() -> Iterator[Finding]:
+    version = ".".join(map(str, sys.version_info[:3]))
+    if sys.version_info >= (3, 11):
+        yield Finding("ok", f"python {version}")
+    else:
+        yield Finding("FAIL", f"python {version}", "install Python 3.11 or newer: apt-get install python3 python3-venv")
+    for package in (
+        "torch",
+        "lightning",
+        "deepspeed",
+        "transformers",
+        "datasets",
+        "wandb",
+        "torchmetrics",
+        "tokenizers",
+    ):
+        try:
+            found = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            yield Finding("FAIL", f"{package} is not installed", "launch/setup.sh")
+            continue
+        if package == "lightning" and found in BAD_LIGHTNING:
+            yield Finding(
+                "FAIL",
+                f"lightning {found} is a malicious release",
+                "launch/setup.sh, then change your passwords and keys",
+            )
+        else:
+            yield Finding("ok", f"{package} {found}")
+
+
+def _devices() -> Iterator[Finding]:
+    machine = this_machine()
+    yield Finding("ok", f"{machine.cpu_cores} CPU cores")
+    for gpu in machine.gpus:
+        yield Finding("ok", f"GPU {gpu.name}, {gpu.memory_bytes / 2**30:.0f} GiB")
+        if gpu.peak_flops is None:
+            yield Finding("note", f"peak FLOP/s of {gpu.name} unknown: no MFU will be reported")
+    if not machine.gpus:
+        yield Finding(
+            "note", "no GPU: training runs on the CPU", "" if shutil.which("nvidia-smi") is None else "check nvidia-smi"
+        )
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        yield Finding(
+            "FAIL", f"torch {torch.__version__} sees no GPU", "install a CUDA build of torch that fits the driver"
+        )
+
+
+def _slurm() -> Iterator[Finding]:
+    if shutil.which("sinfo") is None:
+        yield Finding("note", "no Slurm on this machine")
+    elif os.environ.get("SLURM_JOB_ID"):
+        yield Finding("ok", f"inside Slurm job {os.environ['SLURM_JOB_ID']}")
+    else:
+        yield Finding("ok", "Slurm commands found")
+
+
+def _wandb() -> Iterator[Finding]:
+    if os.environ.get("WANDB_API_KEY"):
+        host = (os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").split("://")[-1].split("/")[0]
+        reached = _reachable(host)
+        yield (
+            Finding("ok", "W&B key found")
+            if reached
+            else Finding(
+                "note",
+                f"W&B key found, {host} out of reach: runs track offline",
+                "afterwards: wandb sync runs/RUN/wandb/offline-run-*",
+            )
+        )
+    else:
+        yield Finding(
+            "note", "no W&B key: runs track offline", "export WANDB_API_KEY=... (from your W&B settings page)"
+        )
+
+
+def _hub() -> Iterator[Finding]:
+    host = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").split("://")[-1].split("/")[0]
+    if os.environ.get("HF_HUB_OFFLINE") in ("1", "true", "True"):
+        yield Finding("note", "HF_HUB_OFFLINE is set: only cached hub data", "unset HF_HUB_OFFLINE")
+    elif _reachable(host):
+        yield Finding("ok", f"hub {host} reached")
+    else:
+        yield Finding("note", f"hub {host} out of reach", "train on files (data.path=FILES) or data=embedded")
+
+
+def _reachable(host: str) -> bool:
+    name, _, port = host.partition(":")
+    try:
+        socket.create_connection((name, int(port or 443)), timeout=3).close()
+    except OSError:
+        return False
+    return True
+
+
+def _paths() -> Iterator[Finding]:
+    for folder, fix in ((Path("runs"), "choose another with runs_dir=DIR"), (cache_folder(), "set XDG_CACHE_HOME")):
+        standing = folder
+        while not standing.exists():
+            standing = standing.parent
+        try:
+            with tempfile.NamedTemporaryFile(dir=standing):
+                pass
+        except OSError as error:
+            yield Finding("FAIL", f"{folder} cannot be written: {error.strerror}", fix)
+            continue
+        free = shutil.disk_usage(standing).free
+        if free < LOW_DISK_BYTES:
+            yield Finding("note", f"{folder}: only {free / 2**30:.1f} GiB free", fix)
+        else:
+            yield Finding("ok", f"{folder} can be written, {free / 2**30:.0f} GiB free")

@@ -1,0 +1,76 @@
+"""What this machine has, and facts of GPUs with their sources. Free of torch, so that a login node can ask."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from dataclasses import dataclass
+
+DENSE_BF16_FLOPS = {
+    "B200": 2250e12,
+    "H200": 989.4e12,
+    "H100 NVL": 835.5e12,
+    "H100 PCIe": 756e12,
+    "H100": 989.4e12,
+    "A100": 312e12,
+    "L40S": 362.05e12,
+    "RTX 4090": 165.2e12,
+}
+"""Peak dense bf16 FLOP/s with fp32 accumulation, by a part of the name that nvidia-smi reports; first match counts.
+
+Source: NVIDIA's data sheets of each product (figures "with sparsity" halved): DGX B200; H200 Tensor Core GPU; H100 Tensor
+Core GPU (SXM, NVL, PCIe columns); A100; L40S; Ada GPU Architecture white paper, appendix A (RTX 4090).
+"""
+
+BF16_SINCE = (8, 0)
+"""Compute capability with native bf16 (Ampere; CUDA C++ Programming Guide, table of arithmetic instructions)."""
+
+
+@dataclass(frozen=True)
+class GPU:
+    name: str
+    memory_bytes: int
+    compute_capability: tuple[int, int]
+
+    @property
+    def peak_flops(self) -> float | None:
+        """Dense bf16 FLOP/s, or None for a GPU that is not in the table."""
+        return next((flops for part, flops in DENSE_BF16_FLOPS.items() if part in self.name), None)
+
+
+@dataclass(frozen=True)
+class Machine:
+    cpu_cores: int
+    gpus: tuple[GPU, ...]
+
+
+def this_machine() -> Machine:
+    """The cores and GPUs that this process may use (CPU affinity and CUDA_VISIBLE_DEVICES count)."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return Machine(cpu_cores=cores, gpus=_visible_gpus())
+
+
+def _visible_gpus() -> tuple[GPU, ...]:
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if shutil.which("nvidia-smi") is None or visible in ("", "-1"):
+        return ()
+    query = "--query-gpu=index,uuid,name,memory.total,compute_cap"
+    try:
+        answer = subprocess.run(
+            ["nvidia-smi", query, "--format=csv,noheader,nounits"],
+            capture_output=True,
+            text=True,
+            timeout=20,
+            check=True,
+        ).stdout
+    except (OSError, subprocess.SubprocessError):
+        return ()
+    gpus = []
+    for line in answer.splitlines():
+        index, uuid, name, mebibytes, capability = (part.strip() for part in line.split(","))
+        chosen = visible is None or any(index == v or uuid.startswith(v) for v in map(str.strip, visible.split(",")))
+        if chosen:
+            major, _, minor = capability.partition(".")
+            gpus.append(GPU(name, int(mebibytes) << 20, (int(major), int(minor))))
+    return tuple(gpus)

@@ -1,0 +1,127 @@
+"""LightningModules: what a step computes. The loop around it, logging and saving are elsewhere."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import lightning.pytorch as L
+import torch
+from torch import Tensor, nn
+
+from lm_train.data.text import IGNORED, Batch
+from lm_train.optim import build_optimizer, learning_rate
+from lm_train.plan import Plan
+from lm_train.recipe import AnyOptim
+
+
+class CausalLanguageModel(L.LightningModule):
+    """Predicts each next token.
+
+    After every optimizer step `step_loss` (mean over the global batch's share of this rank), `grad_norm` (before clipping)
+    stand as tensors on the device, and `step_learning_rate` as a float; nobody has waited for them.
+
+    Args:
+        net: maps (tokens, targets) to the summed loss.
+        optim: the recipe's optim section.
+        plan: batch sizes, steps, precision.
+        seed: keys dropout together with step, micro batch and rank, so that a resumed step draws the same numbers.
+    """
+
+    step_loss: Tensor
+    grad_norm: Tensor
+    step_learning_rate: float
+
+    def __init__(self, net: nn.Module, optim: AnyOptim, plan: Plan, seed: int) -> None:
+        super().__init__()
+        self.net = net
+        self.optim = optim
+        self.plan = plan
+        self.seed = seed
+        self._totals: Tensor | None = None
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        # fp16's gradient scaler cannot clip for an optimizer that unscales inside its kernel
+        fused = self.plan.accelerator == "gpu" and self.plan.precision != "16-mixed"
+        return build_optimizer(self.optim, self.net, fused=fused)
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        torch.manual_seed(_dropout_key(self.seed, self.global_step, self._micro(batch_idx), self.global_rank))
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        # every block of a training batch is full, so all ranks and micro batches count the same number of targets and
+        # the mean of their means is the mean of the global batch
+        loss = self.net(batch["tokens"], batch["targets"]) / batch["targets"].numel()
+        share = loss.detach() / self.plan.accumulate_grad_batches
+        self.step_loss = share if self._micro(batch_idx) == 0 else self.step_loss + share
+        return loss
+
+    def _micro(self, batch_idx: int) -> int:
+        return batch_idx % self.plan.accumulate_grad_batches
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        self.step_learning_rate = learning_rate(self.optim, self.global_step + 1, self.plan.max_steps)
+        for group in optimizer.param_groups:
+            group["lr"] = self.step_learning_rate
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Global 2-norm over all parameters, kept for the log; one pass also when nothing is clipped."""
+        parameters = [p for p in self.net.parameters() if p.grad is not None]
+        self.grad_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if gradient_clip_val is not None:
+            torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, self.grad_norm)
+
+    def on_validation_epoch_start(self) -> None:
+        self._totals = torch.zeros(2, dtype=torch.float64, device=self.device)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        assert self._totals is not None
+        loss = self.net(batch["tokens"], batch["targets"])
+        self._totals += torch.stack((loss.double(), (batch["targets"] != IGNORED).sum().double()))
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_evaluation("val")
+
+    on_test_epoch_start = on_validation_epoch_start
+    test_step = validation_step
+
+    def on_test_epoch_end(self) -> None:
+        self._log_evaluation("test")
+
+    def _log_evaluation(self, split: str) -> None:
+        """Loss over all targets of all ranks: the global sum over the global count, whatever the batches were."""
+        totals = self.trainer.strategy.reduce(self._totals, reduce_op="sum")
+        loss = totals[0] / totals[1]
+        bytes_per_token = self.trainer.datamodule.bytes_per_token(split)  # type: ignore[attr-defined]
+        metrics = {
+            f"{split}/loss": loss,
+            f"{split}/perplexity": loss.exp(),
+            f"{split}/bits_per_byte": loss / math.log(2) / bytes_per_token,
+        }
+        # equal on all ranks already; sync_dist tells Lightning so, and keeps its own callbacks usable
+        self.log_dict({k: v.float() for k, v in metrics.items()}, logger=False, sync_dist=True)
+
+
+def _dropout_key(*parts: int) -> int:
+    """A 63-bit key from several numbers (FNV-1a on 64-bit words); plain Python, since it runs every step."""
+    key = 0xCBF29CE484222325
+    for part in parts:
+        key = ((key ^ (part + 1)) * 0x100000001B3 + (key >> 29)) & (2**64 - 1)
+    return key >> 1
+
+
+def parameter_table(net: nn.Module) -> Iterable[tuple[str, int]]:
+    """Name and parameters of each direct child of the network, shared ones counted where they stand first."""
+    seen: set[int] = set()
+    for name, child in net.named_children():
+        own = [p for p in child.parameters() if id(p) not in seen]
+        seen.update(map(id, own))
+        yield name, sum(p.numel() for p in own)
+
+
+__all__ = ["CausalLanguageModel", "parameter_table"]

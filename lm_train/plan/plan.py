@@ -1,0 +1,81 @@
+"""The Plan: every decision about a run, made once, written as plan.json and read by every rank."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+VOCAB_MULTIPLE = 64
+"""Rows of the embedding are padded to this: matrix products run faster on even sizes (A. Karpathy, build-nanogpt)."""
+
+
+def padded_vocab_size(vocab_size: int) -> int:
+    return math.ceil(vocab_size / VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+
+class Plan(BaseModel):
+    """What will be done. A recipe is never patched: whatever it left `auto` is decided here, with the reason."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    accelerator: Literal["cpu", "gpu"]
+    device_name: str
+    nodes: int
+    devices: int
+    """Ranks on each node: GPUs, or CPU processes."""
+    strategy: Literal["single", "ddp"]
+    precision: Literal["32-true", "bf16-mixed", "bf16-true", "16-mixed"]
+    global_batch_size: int
+    micro_batch_size: int
+    accumulate_grad_batches: int
+    num_workers: int
+    max_steps: int
+    activation_checkpointing: Literal["none", "full"] | int
+    cross_entropy_chunks: int
+    compile: bool
+    threads_per_rank: int
+    """CPU threads of each rank's tensor operations."""
+    vocab_size: int | None
+    """Token ids; None where only the corpus can tell."""
+    n_parameters: int | None
+    flops_per_token: int | None
+    tokens_per_step: int
+    peak_flops_per_device: float | None
+    """Dense bf16 FLOP/s of one device; None where unknown, and then no MFU is reported."""
+    reasons: dict[str, str]
+    """Why each `auto` became what it is, by the recipe's key."""
+
+    @property
+    def world_size(self) -> int:
+        return self.nodes * self.devices
+
+    def write(self, file: Path) -> None:
+        file.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def read(cls, file: Path) -> Plan:
+        return cls.model_validate_json(file.read_text(encoding="utf-8"))
+
+    def table(self) -> str:
+        """The plan for a person: one line a decision, with its reason where the recipe left it open."""
+        rows = [
+            ("devices", f"{self.nodes} x {self.devices} {self.accelerator} ({self.device_name})", "trainer.devices"),
+            ("strategy", self.strategy, "trainer.strategy"),
+            ("precision", self.precision, "trainer.precision"),
+            (
+                "global batch",
+                f"{self.global_batch_size} = {self.micro_batch_size} micro x {self.accumulate_grad_batches} accumulated "
+                f"x {self.world_size} ranks",
+                "data.micro_batch_size",
+            ),
+            ("steps", f"{self.max_steps:,} of {self.tokens_per_step:,} tokens", ""),
+            ("vocabulary", "as the corpus has" if self.vocab_size is None else f"{self.vocab_size:,}", ""),
+            ("parameters", "known with the vocabulary" if self.n_parameters is None else f"{self.n_parameters:,}", ""),
+        ]
+        width = max(len(value) for _, value, _ in rows)
+        return "\n".join(
+            f"  {name:<13} {value:<{width}}  {self.reasons.get(key, '')}".rstrip() for name, value, key in rows
+        )

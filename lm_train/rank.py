@@ -1,0 +1,57 @@
+"""Entry point of one rank: `python -m lm_train.rank RUN_FOLDER [CHECKPOINT]`, started by the supervisor.
+
+Signals only set a flag from here on; an error becomes a file in the run folder, which the supervisor reads, so that a
+person sees one message and not one a rank.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+from lm_train import signals
+from lm_train.errors import ExitCode, LMTrainError, StopRequested
+from lm_train.runs import RunFolder
+
+
+def main() -> int:
+    signals.die_with_parent()
+    signals.listen()
+    folder = RunFolder(sys.argv[1])
+    checkpoint = Path(sys.argv[2]) if len(sys.argv) > 2 else None
+    try:
+        from lm_train.train import train  # torch and lightning take seconds: after the signal handlers
+
+        return train(folder, checkpoint)
+    except StopRequested as stop:
+        return stop.exit_code
+    except LMTrainError as error:
+        _report(folder, str(error), error.exit_code)
+        return error.exit_code
+    except BaseException as error:
+        _report(folder, f"{type(error).__name__}: {error}", ExitCode.BUG)
+        return ExitCode.BUG
+
+
+def _report(folder: RunFolder, message: str, code: int) -> None:
+    rank = os.environ.get("RANK", "0")
+    content: dict[str, Any] = {
+        "rank": int(rank),
+        "exit_code": int(code),
+        "message": message,
+        "traceback": traceback.format_exc(),
+    }
+    (folder.errors / f"rank-{rank}.json").write_text(json.dumps(content), encoding="utf-8")
+    (folder.errors / f"rank-{rank}.traceback").write_text(content["traceback"], encoding="utf-8")
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # a rank that failed may share a process group with one that waits in a collective: leave without its teardown
+    os._exit(code)

@@ -1,0 +1,31 @@
+"""What the user asked for: typed, frozen, complete. Free of torch."""
+
+from lm_train.recipe.load import dump, load, shipped_recipes
+from lm_train.recipe.sections import (
+    GPT,
+    AnyData,
+    AnyOptim,
+    CheckpointSection,
+    EmbeddedData,
+    ModelSection,
+    Recipe,
+    TextData,
+    TrackingSection,
+    TrainerSection,
+)
+
+__all__ = [
+    "GPT",
+    "AnyData",
+    "AnyOptim",
+    "CheckpointSection",
+    "EmbeddedData",
+    "ModelSection",
+    "Recipe",
+    "TextData",
+    "TrackingSection",
+    "TrainerSection",
+    "dump",
+    "load",
+    "shipped_recipes",
+]

@@ -1,0 +1,182 @@
+"""What two sections say against each other, paths that do not exist, and what `debug=true` sets."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from lm_train.recipe.explain import nearest
+from lm_train.recipe.sections import Recipe, TextData
+from lm_train.recipe.tokenizer_names import is_path, known_vocab_size
+
+Conflict = tuple[list[tuple[str, ...]], str]
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_DATA_SUFFIXES = (".txt", ".jsonl", ".json", ".csv", ".parquet", ".gz", ".md", ".py")
+DEBUG_STEPS = 20
+
+
+def is_hub_name(path: str) -> bool:
+    """Whether `data.path` means a data set of the hub: owner/name, and not a local path or the look of one."""
+    return (
+        _HUB_NAME.fullmatch(path) is not None
+        and not Path(path).exists()
+        and not Path(path.split("/")[0]).is_dir()
+        and not path.endswith(_DATA_SUFFIXES)
+    )
+
+
+def near_path(path: Path) -> str:
+    """`; did you mean DIR/other.txt?` for a path that does not exist, or nothing."""
+    try:
+        near = nearest(path.name, os.listdir(path.parent), cutoff=0.7)
+    except (OSError, ValueError):
+        return ""
+    return f"; did you mean {path.parent / near}?" if near else ""
+
+
+def debug_settings(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """What `debug=true` puts in place of what the recipe names."""
+    data = raw.get("data") if isinstance(raw.get("data"), Mapping) else {}
+    optim = raw.get("optim") if isinstance(raw.get("optim"), Mapping) else {}
+    batch, warmup = (data or {}).get("global_batch_size", 16), (optim or {}).get("warmup_steps", 0)
+    return {
+        "debug": True,
+        "data": {
+            "global_batch_size": min(batch, 8) if isinstance(batch, int) else batch,
+            "micro_batch_size": "auto",
+        },
+        "optim": {"warmup_steps": min(warmup, 5) if isinstance(warmup, int) else warmup},
+        "trainer": {
+            "strategy": "single",
+            "devices": 1,
+            "max_steps": DEBUG_STEPS,
+            "accumulate_grad_batches": "auto",
+            "log_every_n_steps": 1,
+            "val_check_interval": None,
+            "limit_val_batches": 2,
+            "limit_test_batches": 2,
+            "early_stopping_patience": None,
+            "compile": False,
+            "deterministic": True,
+        },
+        "checkpoint": {"every_n_steps": None},
+        "tracking": {"wandb": "disabled"},
+    }
+
+
+def conflicts(recipe: Recipe) -> Iterator[Conflict]:
+    """Everything in a well-typed recipe that cannot be done: the keys concerned, and a sentence with a way out."""
+    for section in ("model", "data", "optim", "trainer", "checkpoint", "tracking"):
+        for keys, message in getattr(recipe, section).conflicts():
+            yield [(section, key) for key in keys], message
+    yield from _batch_conflicts(recipe)
+    yield from _trainer_conflicts(recipe)
+    yield from _path_conflicts(recipe)
+
+
+def _batch_conflicts(recipe: Recipe) -> Iterator[Conflict]:
+    total, micro = recipe.data.global_batch_size, recipe.data.micro_batch_size
+    accumulate, devices = recipe.trainer.accumulate_grad_batches, recipe.trainer.devices
+    keys = [
+        (key, value)
+        for key, value in (
+            (("data", "micro_batch_size"), micro),
+            (("trainer", "accumulate_grad_batches"), accumulate),
+            (("trainer", "devices"), devices),
+        )
+        if isinstance(value, int)
+    ]
+    product = math.prod(int(value) for _, value in keys)
+    terms = " x ".join(f"{'.'.join(key)}={value}" for key, value in keys)
+    all_given = len(keys) == 3
+    if keys and (total != product if all_given else total % product):
+        fit = product if all_given else max(product, round(total / product) * product)
+        relation = "is not" if all_given else "is not a multiple of"
+        yield (
+            [("data", "global_batch_size"), *(key for key, _ in keys)],
+            f"data.global_batch_size={total} {relation} {terms}; try data.global_batch_size={fit}",
+        )
+
+
+def _trainer_conflicts(recipe: Recipe) -> Iterator[Conflict]:
+    trainer, optim, model = recipe.trainer, recipe.optim, recipe.model
+    if optim.warmup_steps >= trainer.max_steps:
+        yield (
+            [("optim", "warmup_steps"), ("trainer", "max_steps")],
+            f"optim.warmup_steps={optim.warmup_steps} leaves nothing of trainer.max_steps={trainer.max_steps}; "
+            f"try optim.warmup_steps={trainer.max_steps // 20}",
+        )
+    if trainer.strategy == "single" and trainer.devices not in ("auto", 1):
+        debug = "debug=true runs one process" if recipe.debug else "trainer.strategy=single is one process"
+        yield (
+            [("trainer", "devices"), ("trainer", "strategy")],
+            f"{debug}, not trainer.devices={trainer.devices}; try trainer.{'devices=1' if recipe.debug else 'strategy=ddp'}",
+        )
+    elif recipe.debug and (trainer.strategy != "single" or trainer.devices != 1):
+        yield (
+            [("trainer", "strategy"), ("trainer", "devices")],
+            "debug=true runs one process; drop trainer.strategy and trainer.devices, or debug=true",
+        )
+    if trainer.early_stopping_patience is not None and (
+        trainer.limit_val_batches == 0 or trainer.val_check_interval is None
+    ):
+        yield (
+            [
+                ("trainer", "early_stopping_patience"),
+                ("trainer", "val_check_interval"),
+                ("trainer", "limit_val_batches"),
+            ],
+            "early stopping needs validations on the way; set trainer.val_check_interval and no limit_val_batches=0",
+        )
+    every = trainer.activation_checkpointing
+    if isinstance(every, int) and every > model.n_layer:
+        yield (
+            [("trainer", "activation_checkpointing"), ("model", "n_layer")],
+            f"every {every}th block of model.n_layer={model.n_layer} is none; write "
+            f"none, full, or a number up to {model.n_layer}",
+        )
+    known = known_vocab_size(recipe.data.tokenizer)
+    if known is not None and isinstance(model.vocab_size, int) and known > model.vocab_size:
+        yield (
+            [("model", "vocab_size"), ("data", "tokenizer")],
+            f"data.tokenizer={recipe.data.tokenizer} has {known} ids, model.vocab_size={model.vocab_size} is smaller; "
+            f"try model.vocab_size=auto",
+        )
+
+
+def _path_conflicts(recipe: Recipe) -> Iterator[Conflict]:
+    if isinstance(recipe.data, TextData):
+        for key, value in (
+            ("path", recipe.data.path),
+            ("val_path", recipe.data.val_path),
+            ("test_path", recipe.data.test_path),
+        ):
+            if value is not None and not _exists(value) and not (key == "path" and is_hub_name(value)):
+                near = near_path(Path(value))
+                hint = near or ("; a hub name looks like owner/name" if key == "path" else "")
+                yield [("data", key)], f"no such file or folder: {value}{hint}"
+    tokenizer = recipe.data.tokenizer
+    if is_path(tokenizer):
+        if not _exists(tokenizer):
+            yield [("data", "tokenizer")], f"no such file or folder: {tokenizer}{near_path(Path(tokenizer))}"
+        elif known_vocab_size(tokenizer) is None:
+            yield (
+                [("data", "tokenizer")],
+                f"{tokenizer} holds no vocabulary; expected a tokenizer.json, or a folder with "
+                "tokenizer.json, or encoder.json and vocab.bpe, or vocab.json and merges.txt",
+            )
+    if recipe.resume not in ("auto", "never") and not _exists(recipe.resume):
+        yield [("resume",)], f"expected auto, never, or a run or checkpoint; no such folder: {recipe.resume}"
+    if Path(recipe.runs_dir).exists() and not Path(recipe.runs_dir).is_dir():
+        yield [("runs_dir",)], f"{recipe.runs_dir} is a file; name a folder"
+
+
+def _exists(path: str) -> bool:
+    try:
+        return Path(path).expanduser().exists()
+    except (OSError, ValueError):
+        return False

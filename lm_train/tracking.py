@@ -1,0 +1,144 @@
+"""Where metrics go: metrics.jsonl of the run folder always, Weights & Biases as the recipe says."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import socket
+import sys
+import uuid
+from collections.abc import Iterator, Mapping
+from typing import Any
+from urllib.parse import urlsplit
+
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.loggers import Logger, WandbLogger
+
+from lm_train.plan import Plan
+from lm_train.recipe import Recipe
+from lm_train.runs import RunFolder
+
+REACH_TIMEOUT_S = 3.0
+INIT_TIMEOUT_S = 6.0
+"""Together under 10 s: what an unreachable W&B may delay the first step by."""
+
+
+class MetricsFile(Logger):
+    """One JSON object a line in the run folder."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        super().__init__()
+        self._file = folder.metrics
+
+    @property
+    def name(self) -> str:
+        return "metrics"
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    @rank_zero_only
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        pass  # recipe.yaml and plan.json hold them
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        row = {"step": step, **{k: v if math.isfinite(v) else str(v) for k, v in metrics.items()}}
+        with self._file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+@contextlib.contextmanager
+def loggers(recipe: Recipe, plan: Plan, folder: RunFolder, rank: int) -> Iterator[list[Logger]]:
+    """The run's loggers; W&B on rank 0 only, finished at the end however it comes."""
+    result: list[Logger] = [MetricsFile(folder)]
+    wandb_logger = _wandb(recipe, plan, folder) if rank == 0 and recipe.tracking.wandb != "disabled" else None
+    if wandb_logger is not None:
+        result.append(wandb_logger)
+    failed = True
+    try:
+        yield result
+        failed = False
+    finally:
+        if wandb_logger is not None:
+            import wandb
+
+            wandb.finish(exit_code=int(failed))
+
+
+def _wandb(recipe: Recipe, plan: Plan, folder: RunFolder) -> WandbLogger:
+    import wandb
+
+    section = recipe.tracking
+    mode = section.wandb
+    if mode == "auto":
+        mode = "online" if os.environ.get("WANDB_API_KEY") else "offline"
+    run_id = _run_id(folder)
+    if mode == "online":
+        problem = _unreachable()
+        if problem is None:
+            try:
+                return _start(recipe, plan, folder, run_id, "online")
+            except (wandb.errors.Error, OSError) as error:
+                problem = str(error).splitlines()[0]
+        print(
+            f"W&B is out of reach ({problem}); tracking offline. Later: wandb sync {folder.wandb}/offline-run-*-{run_id}",
+            file=sys.stderr,
+        )
+    return _start(recipe, plan, folder, run_id, "offline")
+
+
+def _start(recipe: Recipe, plan: Plan, folder: RunFolder, run_id: str, mode: str) -> WandbLogger:
+    import wandb
+
+    section = recipe.tracking
+    # console and metadata capture would copy what is on the screen and in argv; the recipe and the plan say it all
+    settings = wandb.Settings(
+        init_timeout=INIT_TIMEOUT_S,
+        console="off",
+        silent=True,
+        disable_git=True,
+        x_disable_meta=True,
+        x_save_requirements=False,
+    )
+    run = wandb.init(
+        id=run_id,
+        name=folder.name,
+        dir=str(folder.root),
+        project=section.project,
+        entity=section.entity,
+        group=section.group,
+        tags=list(section.tags),
+        resume="allow" if mode == "online" else None,
+        mode=mode,  # type: ignore[arg-type]
+        config={"recipe": recipe.model_dump(mode="json"), "plan": plan.model_dump(mode="json")},
+        settings=settings,
+    )
+    return WandbLogger(experiment=run)
+
+
+def _run_id(folder: RunFolder) -> str:
+    """One W&B run for the life of a run folder: the id is drawn once and kept in the folder."""
+    file = folder.wandb / "run_id"
+    try:
+        return file.read_text(encoding="utf-8").strip()
+    except FileNotFoundError:
+        folder.wandb.mkdir(exist_ok=True)
+        file.write_text(uuid.uuid4().hex[:12] + "\n", encoding="utf-8")
+        return file.read_text(encoding="utf-8").strip()
+
+
+def _unreachable() -> str | None:
+    """Why the W&B server cannot be reached, found in a few seconds; wandb itself would try for 90."""
+    url = urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai")
+    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy")):
+        return None  # a proxy decides, and init_timeout guards
+    port = url.port or (443 if url.scheme == "https" else 80)
+    try:
+        socket.create_connection((url.hostname or "", port), timeout=REACH_TIMEOUT_S).close()
+    except OSError as error:
+        return f"{url.hostname}:{port}: {error.strerror or error}"
+    return None

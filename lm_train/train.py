@@ -1,0 +1,189 @@
+"""What a rank does: read the plan, build, fit, finish."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L
+import torch
+from lightning.pytorch.callbacks import EarlyStopping
+
+from lm_train import data, models
+from lm_train.callbacks import Checkpoints, DebugChecks, Metrics, Progress, StopAgreement
+from lm_train.callbacks.checkpoints import MONITOR, restore_callbacks
+from lm_train.callbacks.debugging import overfit_one_batch
+from lm_train.checkpoint import CheckpointReader
+from lm_train.errors import CheckpointError, ExitCode
+from lm_train.generate import sample_text
+from lm_train.loop import StepTrainer
+from lm_train.modules import CausalLanguageModel
+from lm_train.plan import Plan, flops_per_token
+from lm_train.recipe import Recipe, load
+from lm_train.runs import RunFolder
+from lm_train.strategy import build_strategy
+from lm_train.tracking import loggers
+
+
+def train(folder: RunFolder, resume_from: Path | None = None, callbacks: Sequence[L.Callback] = ()) -> ExitCode:
+    """Runs this rank's part of the run in `folder`, from its recipe.yaml and plan.json.
+
+    Args:
+        folder: made by the supervisor.
+        resume_from: a checkpoint folder to go on from; None starts at step 0.
+        callbacks: further Lightning callbacks.
+
+    Returns:
+        DONE, or what a signal asked for.
+    """
+    recipe, plan = load([f"recipe={folder.recipe.resolve()}"]), Plan.read(folder.plan)
+    rank = int(os.environ.get("RANK", 0))
+    _quieten(plan)
+    checkpoint = CheckpointReader(resume_from) if resume_from else None
+
+    datamodule = data.build(recipe.data, plan, recipe.model.block_size, recipe.seed, folder.tokenizer)
+    datamodule.prepare(None if recipe.model.vocab_size == "auto" else recipe.model.vocab_size)
+    torch.manual_seed(recipe.seed)
+    net = models.build(recipe.model, plan, datamodule.vocab_size)
+    module = CausalLanguageModel(net, recipe.optim, plan, recipe.seed)
+    if plan.compile:
+        net.compile()
+
+    n_parameters = sum(p.numel() for p in net.parameters())
+    hours_before = checkpoint.state["gpu_hours"] if checkpoint else 0.0
+    metrics = Metrics(plan, flops_per_token(recipe.model, n_parameters), recipe.trainer.log_every_n_steps, hours_before)
+    fingerprint = datamodule.corpus.fingerprint
+    saving = Checkpoints(
+        recipe.checkpoint,
+        folder,
+        metrics,
+        state=lambda: {"gpu_hours": metrics.gpu_hours, "seed": recipe.seed, "data": fingerprint},
+    )
+    with loggers(recipe, plan, folder, rank) as run_loggers:
+        trainer = StepTrainer(
+            accelerator=plan.accelerator,
+            devices=plan.devices,
+            strategy=build_strategy(plan),
+            precision=plan.precision,
+            max_steps=plan.max_steps,
+            accumulate=plan.accumulate_grad_batches,
+            gradient_clip_val=recipe.trainer.gradient_clip_val,
+            validate_every=recipe.trainer.val_check_interval,
+            limit_val_batches=_limit(recipe.trainer.limit_val_batches, datamodule.has("val")),
+            limit_test_batches=_limit(recipe.trainer.limit_test_batches, datamodule.has("test")),
+            log_every_n_steps=recipe.trainer.log_every_n_steps,
+            deterministic=recipe.trainer.deterministic,
+            detect_anomaly=recipe.debug,
+            use_distributed_sampler=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            default_root_dir=folder.root,
+            logger=run_loggers,
+            callbacks=[
+                *_restoring(checkpoint, fingerprint, recipe),
+                StopAgreement(),
+                metrics,
+                Progress(metrics),
+                *_early_stopping(recipe),
+                saving,
+                *([DebugChecks()] if recipe.debug else []),
+                *callbacks,
+            ],
+        )
+        if checkpoint is not None:
+            datamodule.start_step = checkpoint.state["step"]
+            trainer.start_at(datamodule.start_step)
+        if rank == 0:
+            _announce(recipe, plan, n_parameters, datamodule, resume_from)
+        trainer.fit(module, datamodule=datamodule)
+        if trainer.stop_code is not None:
+            return trainer.stop_code
+        if datamodule.has("test") and recipe.trainer.limit_test_batches != 0:
+            trainer.test(module, datamodule=datamodule, verbose=False)
+    if recipe.debug:
+        _check_overfit(recipe, plan, datamodule, trainer)
+    if rank == 0 and recipe.trainer.sample_tokens:
+        text = sample_text(net, datamodule.corpus.tokenizer, recipe.trainer.sample_tokens, recipe.seed)
+        print(f"--- sample ---\n{text}\n--- end of sample ---", flush=True)
+    return ExitCode.DONE
+
+
+class _Restore(L.Callback):
+    """Loads a checkpoint at the last moment before the first batch, when optimizer and devices exist."""
+
+    def __init__(self, checkpoint: CheckpointReader) -> None:
+        self.checkpoint = checkpoint
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        net: Any = pl_module.net
+        self.checkpoint.load(net, trainer.optimizers[0], trainer.global_rank)
+        restore_callbacks(trainer, self.checkpoint.state["callbacks"])
+
+
+def _restoring(checkpoint: CheckpointReader | None, fingerprint: str, recipe: Recipe) -> list[L.Callback]:
+    if checkpoint is None:
+        return []
+    if checkpoint.state["data"] != fingerprint:
+        raise CheckpointError(
+            f"{checkpoint.folder}: was trained on other data or another tokenizer (fingerprint {checkpoint.state['data'][:8]}, "
+            f"now {fingerprint[:8]}); give the data it was trained on, or start a new run with another name="
+        )
+    if checkpoint.state["seed"] != recipe.seed:
+        raise CheckpointError(
+            f"{checkpoint.folder}: was trained with seed={checkpoint.state['seed']}, now seed={recipe.seed}, which is another "
+            f"order of samples; give seed={checkpoint.state['seed']}, or start a new run with another name="
+        )
+    return [_Restore(checkpoint)]
+
+
+def _early_stopping(recipe: Recipe) -> list[L.Callback]:
+    patience = recipe.trainer.early_stopping_patience
+    return [] if patience is None else [EarlyStopping(MONITOR, patience=patience, check_on_train_epoch_end=False)]
+
+
+def _limit(batches: int | None, there: bool) -> int | float:
+    """Lightning's spelling: 1.0 is the whole split, 0 none of it."""
+    return 0 if not there else 1.0 if batches is None else batches
+
+
+def _announce(
+    recipe: Recipe, plan: Plan, n_parameters: int, datamodule: data.TextDataModule, resume_from: Path | None
+) -> None:
+    info = datamodule.corpus.tokens("train").info()
+    tokens = "tokens still being counted" if info is None else f"{info.tokens:,} training tokens"
+    print(
+        f"{recipe.recipe}: {n_parameters:,} parameters, {datamodule.corpus.label} ({tokens}), {plan.strategy} on "
+        f"{plan.world_size} {plan.accelerator}, {plan.precision}, {plan.max_steps:,} steps of {plan.tokens_per_step:,} tokens",
+        file=sys.stderr,
+    )
+    if resume_from is not None:
+        print(f"resuming from {resume_from}", file=sys.stderr, flush=True)
+
+
+def _check_overfit(recipe: Recipe, plan: Plan, datamodule: data.TextDataModule, trainer: StepTrainer) -> None:
+    checks = next(c for c in trainer.callbacks if isinstance(c, DebugChecks))  # type: ignore[attr-defined]
+    assert checks.first_batch is not None
+    torch.manual_seed(recipe.seed)
+    fresh = models.build(recipe.model, plan, datamodule.vocab_size).to(trainer.strategy.root_device)
+    overfit_one_batch(fresh, checks.first_batch)
+
+
+def _quieten(plan: Plan) -> None:
+    """Threads as planned; of Lightning's and torch's remarks only those a user can act on."""
+    torch.set_num_threads(plan.threads_per_rank)
+    if plan.accelerator == "gpu":
+        torch.set_float32_matmul_precision("high")
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    for message in (
+        ".*does not have many workers.*",
+        ".*number of training batches.*smaller than the logging interval.*",
+        ".*isinstance.treespec, LeafSpec.*",  # lightning 2.6.6 on torch 2.13
+    ):
+        warnings.filterwarnings("ignore", message=message, module="lightning.*")
