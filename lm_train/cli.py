@@ -25,15 +25,28 @@ Sections: model data optim trainer checkpoint tracking; `lm-train show recipe=NA
 Exit codes: 0 done; 2 wrong command; 65 bad checkpoint; 66 bad data; 70 our bug; 73 cannot write; 75 stopped early,
 start again; 130 Ctrl-C, saved."""
 
+VERB_SYNONYMS = {
+    "fit": "train",
+    "run": "train",
+    "start": "train",
+    "list": "recipes",
+    "ls": "recipes",
+    "config": "show",
+    "print": "show",
+    "check": "doctor",
+}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command line and returns its exit code; every error ends here, as one message."""
     words = list(sys.argv[1:] if argv is None else argv)
     try:
-        return _dispatch(words)
+        code = _dispatch(words)
+        sys.stdout.flush()  # a reader that has gone shows here, not at the interpreter's exit
+        return code
     except UsageError as error:
         for problem in error.problems:
-            print(f"lm-train: {problem}", file=sys.stderr)
+            print(f"lm-train: {_one_line(problem)}", file=sys.stderr)
         return error.exit_code
     except LMTrainError as error:
         print(f"lm-train: {error}", file=sys.stderr)
@@ -51,6 +64,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return ExitCode.BUG
 
 
+def _one_line(text: str) -> str:
+    """The text with line breaks and terminal escapes made visible."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 def _dispatch(words: list[str]) -> int:
     verbs: dict[str, Callable[[list[str]], int]] = {
         "train": _train,
@@ -59,21 +77,20 @@ def _dispatch(words: list[str]) -> int:
         "doctor": _doctor,
     }
     if not words or words[0] in ("-h", "--help", "help"):
-        print(HELP)
+        print(HELP, file=sys.stdout if words else sys.stderr)
         return ExitCode.DONE if words else ExitCode.USAGE
     if words[0] in ("-V", "--version"):
         print(f"lm-train {__version__}")
         return ExitCode.DONE
     verb, rest = words[0], words[1:]
     if verb not in verbs:
-        from lm_train.recipe.explain import nearest
+        from lm_train.recipe.explain import name_of, nearest
 
-        near = nearest(verb, verbs)
         if "=" in verb:
             raise UsageError(f"{verb}: a verb comes first; did you mean lm-train train {verb}?")
-        raise UsageError(
-            f"{verb}: no such verb; " + (f"did you mean {near}?" if near else f"there are {', '.join(verbs)}")
-        )
+        near = VERB_SYNONYMS.get(verb.strip("-").lower()) or nearest(verb, verbs)
+        hint = f"did you mean {near}?" if near else f"there are {', '.join(verbs)}"
+        raise UsageError(f"{name_of((verb,))}: no such verb; {hint}")
     if any(word in ("-h", "--help") for word in rest):
         print(HELP)
         return ExitCode.DONE
@@ -94,9 +111,9 @@ def _train(words: list[str]) -> int:
 
 
 def _recipes(words: list[str]) -> int:
+    _no_words("recipes", words)
     from lm_train.recipe import shipped_recipes
 
-    _no_words("recipes", words)
     for name, file in shipped_recipes().items():
         head = [
             line.lstrip("# ").rstrip() for line in file.read_text(encoding="utf-8").splitlines() if line.startswith("#")
@@ -113,12 +130,12 @@ def _show(words: list[str]) -> int:
 
 
 def _doctor(words: list[str]) -> int:
+    _no_words("doctor", words)
     from lm_train.doctor import examine
 
-    _no_words("doctor", words)
     return examine()
 
 
 def _no_words(verb: str, words: list[str]) -> None:
     if words:
-        raise UsageError(f"lm-train {verb} takes no words; got {' '.join(words)}")
+        raise UsageError(f"{' '.join(words)}: lm-train {verb} takes no words")

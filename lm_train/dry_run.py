@@ -12,6 +12,7 @@ from lm_train.hardware import this_machine
 from lm_train.modules import parameter_table
 from lm_train.plan import make_plan
 from lm_train.recipe import Recipe
+from lm_train.runs import DEBUG_SUFFIX
 
 UNKNOWN_VOCABULARY = 256
 """Assumed for the count where only the corpus can tell (characters)."""
@@ -32,7 +33,8 @@ def dry_run(recipe: Recipe) -> int:
     total = sum(p.numel() for p in net.parameters())
     assumed = "" if plan.vocab_size else f"  (with {UNKNOWN_VOCABULARY} characters; the corpus decides)"
     print(f"  {'total':<20} {total:>15,}{assumed}")
-    run = Path(recipe.runs_dir) / (recipe.name or f"{recipe.recipe}-N")
+    title = f"{recipe.recipe}{DEBUG_SUFFIX if recipe.debug else ''}-N"
+    run = Path(recipe.runs_dir) / (recipe.name or title)
     every = recipe.checkpoint.every_n_steps
     when = "at the end" if every is None else f"every {every} steps and at the end"
     print(

@@ -15,8 +15,10 @@ def sample_text(net: nn.Module, tokenizer: Tokenizer, n_tokens: int, seed: int, 
     start = tokenizer.encode(prompt, add_special_tokens=False).ids or [end_of_text_id(tokenizer) or 0]
     was_training = net.training
     net.eval()
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        ids = net.generate(torch.tensor([start], device=device), n_tokens)  # type: ignore[operator]
-    net.train(was_training)
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            ids = net.generate(torch.tensor([start], device=device), n_tokens)  # type: ignore[operator]
+    finally:
+        net.train(was_training)
     return tokenizer.decode(ids[0].tolist(), skip_special_tokens=False).strip("\n")

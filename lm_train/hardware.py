@@ -66,11 +66,29 @@ def _visible_gpus() -> tuple[GPU, ...]:
         ).stdout
     except (OSError, subprocess.SubprocessError):
         return ()
-    gpus = []
-    for line in answer.splitlines():
-        index, uuid, name, mebibytes, capability = (part.strip() for part in line.split(","))
-        chosen = visible is None or any(index == v or uuid.startswith(v) for v in map(str.strip, visible.split(",")))
-        if chosen:
-            major, _, minor = capability.partition(".")
-            gpus.append(GPU(name, int(mebibytes) << 20, (int(major), int(minor))))
-    return tuple(gpus)
+    listed = [gpu for gpu in map(_listed, answer.splitlines()) if gpu is not None]
+    if visible is None:
+        return tuple(gpu for _, _, gpu in listed)
+    chosen: list[GPU] = []
+    for wish in map(str.strip, visible.split(",")):
+        found = [gpu for index, uuid, gpu in listed if wish and (index == wish or uuid.startswith(wish))]
+        if not found:  # CUDA stops at the first entry that it does not know
+            break
+        chosen.append(found[0])
+    return tuple(chosen)
+
+
+def _listed(line: str) -> tuple[str, str, GPU] | None:
+    """Index, uuid and facts from one line of nvidia-smi's answer; None for a line that is no GPU.
+
+    A GPU that shares the host's memory answers [N/A] for its own: it counts as 0, unknown.
+    """
+    parts = [part.strip() for part in line.split(",")]
+    if len(parts) != 5:
+        return None
+    index, uuid, name, mebibytes, capability = parts
+    major, _, minor = capability.partition(".")
+    if not (major.isdigit() and minor.isdigit()):
+        return None
+    memory = int(mebibytes) << 20 if mebibytes.isdigit() else 0
+    return index, uuid, GPU(name, memory, (int(major), int(minor)))

@@ -147,7 +147,8 @@ class _Supervisor:
                 )
                 failures.append((2 if cut_off else 1, Failure(i, reported["exit_code"], reported["message"])))
             else:
-                failures.append((1, Failure(i, ExitCode.BUG, f"ended with exit code {status} and no message")))
+                code = ExitCode(status) if status in list(ExitCode) else ExitCode.BUG
+                failures.append((1, Failure(i, code, f"ended with exit code {status} and left no message")))
         return min(failures)[1] if failures else None
 
     def stop(self, number: int, frame: FrameType | None) -> None:
@@ -197,6 +198,7 @@ def _start(rank: int, plan: Plan, folder: RunFolder, checkpoint: Path | None, po
         "LOCAL_WORLD_SIZE": str(plan.devices),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
+        "KINETO_LOG_LEVEL": os.environ.get("KINETO_LOG_LEVEL", "9"),  # the profiler's remarks about itself
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(plan.threads_per_rank)),
     }
     command = [sys.executable, "-m", "lm_train.rank", str(folder.root), *([str(checkpoint)] if checkpoint else [])]

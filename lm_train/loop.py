@@ -23,7 +23,7 @@ class _NoSignals(_SignalConnector):
 
     def register_signal_handlers(self) -> None:
         self.received_sigterm = False
-        self._original_handlers = {}
+        self._original_handlers: dict[Any, Any] = {}
 
     def teardown(self) -> None:
         pass
@@ -60,8 +60,8 @@ class StepTrainer(L.Trainer):
                 f"this version of Lightning has no {name}; lm_train needs lightning>=2.6.4,<2.7"
             )
         self._signal_connector = _NoSignals(self)
-        epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
-        epoch_loop._should_check_val_fx = self._validation_due  # type: ignore[method-assign]
+        epoch_loop._broadcast_sigterm_tensor = lambda: None
+        epoch_loop._should_check_val_fx = self._validation_due
 
     def start_at(self, step: int) -> None:
         """Counts on from optimizer step `step`, as if this process had done the steps before."""

@@ -97,7 +97,7 @@ class CausalLanguageModel(L.LightningModule):
         """Loss over all targets of all ranks: the global sum over the global count, whatever the batches were."""
         totals = self.trainer.strategy.reduce(self._totals, reduce_op="sum")
         loss = totals[0] / totals[1]
-        bytes_per_token = self.trainer.datamodule.bytes_per_token(split)  # type: ignore[attr-defined]
+        bytes_per_token = self.trainer.datamodule.bytes_per_token(split)
         metrics = {
             f"{split}/loss": loss,
             f"{split}/perplexity": loss.exp(),

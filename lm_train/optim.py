@@ -56,13 +56,16 @@ def learning_rate(section: AnyOptim, step: int, max_steps: int) -> float:
         constant             1
         linear               1 - (1 - m) p
         cosine               m + (1 - m) (1 + cos(pi p)) / 2         (Loshchilov & Hutter 2017, arXiv:1608.03983)
-        warmup_stable_decay  1, then linear to m over the last `decay_fraction` of all steps (Hu et al. 2024,
-                             arXiv:2404.06395; linear decay after Haegele et al. 2024, arXiv:2405.18392)
+        warmup_stable_decay  1, then linear to m over the last `decay_fraction` of all steps, at most those after the
+                             warm-up (Hu et al. 2024, arXiv:2404.06395; linear decay after Haegele et al. 2024,
+                             arXiv:2405.18392)
+    Steps beyond `max_steps` stay where the schedule ends.
     """
     if step <= section.warmup_steps:
         return section.learning_rate * step / section.warmup_steps
     minimum = section.min_learning_rate_ratio
-    progress = (step - section.warmup_steps) / max(1, max_steps - section.warmup_steps)
+    after_warmup = max(1, max_steps - section.warmup_steps)
+    progress = min(1.0, (step - section.warmup_steps) / after_warmup)
     match section.schedule:
         case "constant":
             factor = 1.0
@@ -71,6 +74,7 @@ def learning_rate(section: AnyOptim, step: int, max_steps: int) -> float:
         case "cosine":
             factor = minimum + (1 - minimum) * (1 + math.cos(math.pi * progress)) / 2
         case "warmup_stable_decay":
-            left = (max_steps - step) / max(1.0, section.decay_fraction * max_steps)
+            decay_steps = min(max(1.0, section.decay_fraction * max_steps), after_warmup)
+            left = max(0, max_steps - step) / decay_steps
             factor = minimum + (1 - minimum) * min(1.0, left)
     return section.learning_rate * factor

@@ -6,6 +6,7 @@ person sees one message and not one a rank.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -16,6 +17,8 @@ from typing import Any
 from lm_train import signals
 from lm_train.errors import ExitCode, LMTrainError, StopRequested
 from lm_train.runs import RunFolder
+
+_CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 def main() -> int:
@@ -32,6 +35,11 @@ def main() -> int:
     except LMTrainError as error:
         _report(folder, str(error), error.exit_code)
         return error.exit_code
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        code = ExitCode.CANNOT_WRITE if error.errno in _CANNOT_WRITE else ExitCode.BUG
+        _report(folder, f"{place}{error.strerror or error}", code)
+        return code
     except BaseException as error:
         _report(folder, f"{type(error).__name__}: {error}", ExitCode.BUG)
         return ExitCode.BUG
@@ -45,8 +53,11 @@ def _report(folder: RunFolder, message: str, code: int) -> None:
         "message": message,
         "traceback": traceback.format_exc(),
     }
-    (folder.errors / f"rank-{rank}.json").write_text(json.dumps(content), encoding="utf-8")
-    (folder.errors / f"rank-{rank}.traceback").write_text(content["traceback"], encoding="utf-8")
+    try:
+        (folder.errors / f"rank-{rank}.json").write_text(json.dumps(content), encoding="utf-8")
+        (folder.errors / f"rank-{rank}.traceback").write_text(content["traceback"], encoding="utf-8")
+    except OSError:  # a full disk is often the very error
+        print(f"lm-train: rank {rank}: {message}", file=sys.stderr)
 
 
 if __name__ == "__main__":

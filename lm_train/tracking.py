@@ -10,7 +10,7 @@ import socket
 import sys
 import uuid
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from lightning.fabric.utilities.rank_zero import rank_zero_only
@@ -84,6 +84,7 @@ def _wandb(recipe: Recipe, plan: Plan, folder: RunFolder) -> WandbLogger:
                 return _start(recipe, plan, folder, run_id, "online")
             except (wandb.errors.Error, OSError) as error:
                 problem = str(error).splitlines()[0]
+                wandb.teardown()  # its service still holds the run's id
         print(
             f"W&B is out of reach ({problem}); tracking offline. Later: wandb sync {folder.wandb}/offline-run-*-{run_id}",
             file=sys.stderr,
@@ -91,7 +92,9 @@ def _wandb(recipe: Recipe, plan: Plan, folder: RunFolder) -> WandbLogger:
     return _start(recipe, plan, folder, run_id, "offline")
 
 
-def _start(recipe: Recipe, plan: Plan, folder: RunFolder, run_id: str, mode: str) -> WandbLogger:
+def _start(
+    recipe: Recipe, plan: Plan, folder: RunFolder, run_id: str, mode: Literal["online", "offline"]
+) -> WandbLogger:
     import wandb
 
     section = recipe.tracking
@@ -113,7 +116,7 @@ def _start(recipe: Recipe, plan: Plan, folder: RunFolder, run_id: str, mode: str
         group=section.group,
         tags=list(section.tags),
         resume="allow" if mode == "online" else None,
-        mode=mode,  # type: ignore[arg-type]
+        mode=mode,
         config={"recipe": recipe.model_dump(mode="json"), "plan": plan.model_dump(mode="json")},
         settings=settings,
     )

@@ -167,7 +167,7 @@ def _announce(
 
 
 def _check_overfit(recipe: Recipe, plan: Plan, datamodule: data.TextDataModule, trainer: StepTrainer) -> None:
-    checks = next(c for c in trainer.callbacks if isinstance(c, DebugChecks))  # type: ignore[attr-defined]
+    checks = next(c for c in trainer.callbacks if isinstance(c, DebugChecks))
     assert checks.first_batch is not None
     torch.manual_seed(recipe.seed)
     fresh = models.build(recipe.model, plan, datamodule.vocab_size).to(trainer.strategy.root_device)

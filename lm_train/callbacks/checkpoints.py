@@ -43,7 +43,7 @@ class Checkpoints(L.Callback):
         if best and best["step"] <= trainer.global_step:
             self._best = best[MONITOR]
 
-    def on_train_batch_end(self, trainer: StepTrainer, pl_module: L.LightningModule, *args: Any) -> None:  # type: ignore[override]
+    def on_train_batch_end(self, trainer: StepTrainer, pl_module: L.LightningModule, *args: Any) -> None:
         every = self.section.every_n_steps
         if every is not None and trainer.step_is_complete and trainer.global_step % every == 0:
             self._save(trainer, pl_module)
@@ -73,7 +73,7 @@ class Checkpoints(L.Callback):
         target = self.folder.checkpoints / f"step-{step}"
         state = {"step": step, "callbacks": _callback_states(trainer), **self.state()}
         net, optimizer = module.net, trainer.optimizers[0]
-        checkpoint.save(target, net, optimizer, state, trainer.global_rank, trainer.world_size)  # type: ignore[arg-type]
+        checkpoint.save(target, net, optimizer, state, trainer.global_rank, trainer.world_size)
         if trainer.is_global_zero:
             write_atomically(
                 self.folder.checkpoints / "latest", json.dumps({"checkpoint": target.name, "step": step}) + "\n"
@@ -96,13 +96,13 @@ class Checkpoints(L.Callback):
 
 def restore_callbacks(trainer: L.Trainer, states: dict[str, Any]) -> None:
     """Gives Lightning's own callbacks (early stopping) the state they were saved with."""
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+    for callback in trainer.callbacks:
         if callback.state_key in states:
             callback.load_state_dict(states[callback.state_key])
 
 
 def _callback_states(trainer: L.Trainer) -> dict[str, Any]:
-    states = {c.state_key: c.state_dict() for c in trainer.callbacks}  # type: ignore[attr-defined]
+    states = {c.state_key: c.state_dict() for c in trainer.callbacks}
     return {key: {k: _plain(v) for k, v in state.items()} for key, state in states.items() if state}
 
 

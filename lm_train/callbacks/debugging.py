@@ -38,7 +38,7 @@ class DebugChecks(L.Callback):
             _say("shapes of the first batch:")
             for name, tensor in batch.items():
                 _say(f"  {name:<36} {_shape(tensor)}")
-            self._watch_modules(pl_module.net)  # type: ignore[arg-type]
+            self._watch_modules(pl_module.net)
         elif self._hooks:
             for hook in self._hooks:
                 hook.remove()
@@ -46,9 +46,10 @@ class DebugChecks(L.Callback):
         if step in PROFILED_STEPS and self._profile is None:
             activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
             self._profile = profile(activities=activities)
+            torch.autograd.set_detect_anomaly(False)  # its checks of every tensor would lead the list
             self._profile.__enter__()
 
-    def on_train_batch_end(self, trainer: StepTrainer, pl_module: L.LightningModule, *args: Any) -> None:  # type: ignore[override]
+    def on_train_batch_end(self, trainer: StepTrainer, pl_module: L.LightningModule, *args: Any) -> None:
         if self._profile is not None and trainer.global_step > PROFILED_STEPS[-1]:
             self._report(trainer)
 
@@ -58,6 +59,7 @@ class DebugChecks(L.Callback):
 
     def _report(self, trainer: L.Trainer) -> None:
         self._profile.__exit__(None, None, None)
+        torch.autograd.set_detect_anomaly(True)
         events = self._profile.key_averages()
         self._profile = None
         on_gpu = trainer.strategy.root_device.type == "cuda"

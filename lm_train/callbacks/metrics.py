@@ -45,9 +45,7 @@ class Metrics(L.Callback):
         self._first_step = trainer.global_step + 1
         self._reset_clock(trainer)
 
-    def on_train_batch_end(  # type: ignore[override]
-        self, trainer: StepTrainer, pl_module: CausalLanguageModel, *args: Any
-    ) -> None:
+    def on_train_batch_end(self, trainer: StepTrainer, pl_module: CausalLanguageModel, *args: Any) -> None:
         step = trainer.global_step
         if not trainer.step_is_complete:
             return
@@ -55,7 +53,7 @@ class Metrics(L.Callback):
             self._log_step(trainer, pl_module, step)
 
     def _log_step(self, trainer: StepTrainer, module: CausalLanguageModel, step: int) -> None:
-        plan, data = self.plan, trainer.datamodule  # type: ignore[attr-defined]
+        plan, data = self.plan, trainer.datamodule
         assert isinstance(data, TextDataModule)
         loss = trainer.strategy.reduce(module.step_loss, reduce_op="mean")
         values = torch.stack((loss.float(), module.grad_norm.float())).tolist()  # waits for the device
@@ -111,7 +109,7 @@ class Metrics(L.Callback):
             logger.log_metrics(row, step)
 
     def _reset_clock(self, trainer: L.Trainer) -> None:
-        data = trainer.datamodule  # type: ignore[attr-defined]
+        data = trainer.datamodule
         self._mark = (time.perf_counter(), trainer.global_step, data.train_loader.wait_seconds)
         self._paused = 0.0
 

@@ -43,7 +43,7 @@ class Progress(L.Callback):
                 bar_format="{percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
             )
 
-    def on_train_batch_end(self, trainer: StepTrainer, pl_module: L.LightningModule, *args: Any) -> None:  # type: ignore[override]
+    def on_train_batch_end(self, trainer: StepTrainer, pl_module: L.LightningModule, *args: Any) -> None:
         if not trainer.is_global_zero or not trainer.step_is_complete:
             return
         fresh = self.metrics.latest.get("tokens") != self._shown.get("tokens")

@@ -39,7 +39,7 @@ class StopAgreement(L.Callback):
         if trainer.world_size > 1:
             self._group = dist.new_group(backend="gloo")
 
-    def on_train_batch_end(self, trainer: StepTrainer, pl_module: L.LightningModule, *args: Any) -> None:  # type: ignore[override]
+    def on_train_batch_end(self, trainer: StepTrainer, pl_module: L.LightningModule, *args: Any) -> None:
         if not trainer.step_is_complete:
             return
         if trainer.world_size == 1:

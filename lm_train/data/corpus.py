@@ -6,8 +6,6 @@ it. One process writes it under a lock; with streaming, others read it while it 
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import hashlib
 import json
 import multiprocessing
@@ -16,7 +14,6 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -25,9 +22,17 @@ import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from lm_train import signals
-from lm_train.data.source import Piece, Source, Split, cache_folder, open_source
-from lm_train.data.tokenizer import end_of_text_id, load_tokenizer, make_char_tokenizer, train_bpe
-from lm_train.errors import DataError, LMTrainError, OutputError
+from lm_train.data.cache import cache_folder, locked, locked_if_free, write_text, writing
+from lm_train.data.readers import Piece
+from lm_train.data.source import Source, Split, open_source
+from lm_train.data.tokenizer import (
+    end_of_text_id,
+    load_tokenizer,
+    make_char_tokenizer,
+    train_bpe,
+    vocabulary_size,
+)
+from lm_train.errors import DataError
 from lm_train.recipe import AnyData
 from lm_train.recipe.tokenizer_names import trained_bpe_size
 
@@ -35,6 +40,10 @@ _FORMAT = "1"
 _BATCH_BYTES = 1 << 20
 _BPE_TRAINING_CHARACTERS = 100_000_000
 """A vocabulary is learnt from the first so many characters of the training split: enough for stable merges."""
+_PATIENCE_S = 180
+"""A growing split may stand still so long; `datasets` itself gives up on a silent server after about 100 s."""
+_START_S = 30
+"""So long the process that tokenises may take to start."""
 
 
 @dataclass(frozen=True)
@@ -61,14 +70,17 @@ class TokenFile:
 
     def __init__(self, folder: Path, split: Split, vocab_size: int) -> None:
         self.file = folder / f"{split}.bin"
-        self._info_file = folder / f"{split}.json"
+        self.info_file = folder / f"{split}.json"
+        self.lock = folder / f"{split}.lock"
+        self.fault = folder / f"{split}.error"
         self.dtype = np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
         self._mapped: npt.NDArray[np.unsignedinteger] | None = None
 
     def info(self) -> SplitInfo | None:
-        """Facts of the whole split, or None while it grows."""
+        """Facts of the whole split, or None while it grows (or if the file is not what was written)."""
         try:
-            return SplitInfo(**json.loads(self._info_file.read_text(encoding="utf-8")))
+            info = SplitInfo(**json.loads(self.info_file.read_text(encoding="utf-8")))
+            return info if self.file.stat().st_size == info.tokens * self.dtype.itemsize else None
         except FileNotFoundError:
             return None
 
@@ -83,17 +95,23 @@ class TokenFile:
         """`length` tokens from each start: (len(starts), length)."""
         result = np.empty((len(starts), length), dtype=np.int64)
         if self._mapped is None and self.info() is not None:
-            self._mapped = np.memmap(self.file, dtype=self.dtype, mode="r")
-        for i, start in enumerate(starts):
-            result[i] = self._read(int(start), length)
+            self._mapped = np.asarray(np.memmap(self.file, dtype=self.dtype, mode="r"))
+        for i, start in enumerate(starts.tolist()):
+            result[i] = self._growing(start, length) if self._mapped is None else self._mapped[start : start + length]
         return result
 
-    def _read(self, start: int, length: int) -> npt.NDArray[np.unsignedinteger]:
-        if self._mapped is not None:
-            return self._mapped[start : start + length]
-        with self.file.open("rb") as opened:
-            opened.seek(start * self.dtype.itemsize)
-            return np.frombuffer(opened.read(length * self.dtype.itemsize), dtype=self.dtype)
+    def _growing(self, start: int, length: int) -> npt.NDArray[np.unsignedinteger]:
+        """Reads from the file as it is now; it can be shorter than a moment ago, when its writer was killed."""
+        while wait_for_tokens(self, start + length) >= start + length:
+            try:
+                with self.file.open("rb") as opened:
+                    opened.seek(start * self.dtype.itemsize)
+                    read = opened.read(length * self.dtype.itemsize)
+            except FileNotFoundError:
+                continue
+            if len(read) == length * self.dtype.itemsize:
+                return np.frombuffer(read, dtype=self.dtype)
+        raise DataError(f"{self.file}: has {self.available():,} tokens, {start + length:,} are wanted; delete it")
 
 
 @dataclass(frozen=True)
@@ -107,7 +125,7 @@ class Corpus:
     splits: tuple[Split, ...]
 
     def tokens(self, split: Split) -> TokenFile:
-        return TokenFile(self.folder, split, self.tokenizer.get_vocab_size())
+        return TokenFile(self.folder, split, vocabulary_size(self.tokenizer))
 
 
 def prepare_corpus(section: AnyData, streaming: bool) -> Corpus:
@@ -140,17 +158,14 @@ def prepare_corpus(section: AnyData, streaming: bool) -> Corpus:
 def _tokenizer_of_corpus(section: AnyData, source: Source) -> Tokenizer:
     identity = hashlib.blake2b(f"{_FORMAT}\0{source.fingerprint}\0{section.tokenizer}".encode(), digest_size=16)
     file = cache_folder() / "tokenizers" / f"{identity.hexdigest()}.json"
-    with _locked(file.with_suffix(".lock")):
+    with locked(file.with_suffix(".lock")):
         if not file.exists():
             _say(f"making the vocabulary {section.tokenizer} from {source.label}")
             size = trained_bpe_size(section.tokenizer)
             splits: tuple[Split, ...] = ("train",) if size else tuple(source.readers)
             texts = (piece.text for split in splits for piece in _watched(source.pieces(split)))
             tokenizer = train_bpe(_first(texts, _BPE_TRAINING_CHARACTERS), size) if size else make_char_tokenizer(texts)
-            partial = file.with_suffix(".partial")
-            with _writing(partial):
-                partial.write_text(tokenizer.to_str(), encoding="utf-8")
-                partial.replace(file)
+            write_text(file, tokenizer.to_str())
     return Tokenizer.from_file(str(file))
 
 
@@ -172,54 +187,58 @@ def _watched(pieces: Iterator[Piece]) -> Iterator[Piece]:
 def _tokenise(source: Source, corpus: Corpus, split: Split) -> None:
     """Writes one split, unless it is there; waits while another process writes it."""
     target = corpus.tokens(split)
-    with _locked(corpus.folder / f"{split}.lock"):
+    if target.info() is not None:
+        return
+    with locked(target.lock):
         if target.info() is not None:
             return
         _say(f"tokenising {source.label} ({split}) into {corpus.folder}")
+        if source.note:
+            _say(source.note)
         writer = _Writer(corpus.tokenizer, target.dtype)
-        several = False
-        with _writing(target.file), target.file.open("wb") as out:
+        with writing(target.file):
+            target.info_file.unlink(missing_ok=True)
+            out = target.file.open("wb")
+        with out:
             for batch in _batches(_watched(source.pieces(split))):
-                several = several or sum(piece.ends_document for piece in batch) > 1 or writer.documents > 0
-                out.write(writer.encode(batch, separate=several))
-                out.flush()
-            os.fsync(out.fileno())
+                ids = writer.encode(batch)
+                with writing(target.file):
+                    out.write(ids)
+                    out.flush()
+            with writing(target.file):
+                os.fsync(out.fileno())
         if writer.tokens == 0:
             raise DataError(f"{source.label}: no text in the {split} split")
         info = SplitInfo(writer.tokens, writer.text_bytes, writer.documents, writer.max_id, writer.max_id_where)
-        info_file = corpus.folder / f"{split}.json"
-        with _writing(info_file):
-            info_file.with_suffix(".partial").write_text(json.dumps(asdict(info)), encoding="utf-8")
-            info_file.with_suffix(".partial").replace(info_file)
+        write_text(target.info_file, json.dumps(asdict(info)))
         _say(
             f"{info.tokens:,} tokens, {info.text_bytes / info.tokens:.2f} bytes each, {info.documents:,} documents ({split})"
         )
 
 
 class _Writer:
-    """Turns batches of pieces into bytes of ids, and counts."""
+    """Turns batches of pieces into bytes of ids, the end-of-text id between documents, and counts."""
 
     def __init__(self, tokenizer: Tokenizer, dtype: np.dtype[np.unsignedinteger]) -> None:
         self.tokenizer, self.dtype = tokenizer, dtype
         self.end = end_of_text_id(tokenizer)
         self.tokens = self.text_bytes = self.documents = 0
         self.max_id, self.max_id_where = -1, ""
+        self._document_ended = False
 
-    def encode(self, batch: list[Piece], separate: bool) -> bytes:
+    def encode(self, batch: list[Piece]) -> bytes:
         parts = []
         encodings = self.tokenizer.encode_batch_fast([piece.text for piece in batch], add_special_tokens=False)
         for piece, encoding in zip(batch, encodings, strict=True):
-            ids = encoding.ids
-            if piece.ends_document:
-                self.documents += 1
-                if separate and self.end is not None:
-                    ids.append(self.end)
-            array = np.array(ids, dtype=self.dtype)
-            parts.append(array)
-            self.tokens += len(array)
+            separator = [self.end] if self._document_ended and self.end is not None else []
+            ids = np.array(separator + encoding.ids, dtype=self.dtype)
+            parts.append(ids)
+            self.tokens += len(ids)
             self.text_bytes += len(piece.text.encode())
-            if len(array) and int(array.max()) > self.max_id:
-                self.max_id, self.max_id_where = int(array.max()), piece.where
+            self.documents += piece.ends_document
+            self._document_ended = piece.ends_document
+            if len(ids) and int(ids.max()) > self.max_id:
+                self.max_id, self.max_id_where = int(ids.max()), piece.where
         return np.concatenate(parts).tobytes()
 
 
@@ -237,80 +256,59 @@ def _batches(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
 
 
 def _start_producer(section: AnyData, corpus: Corpus) -> None:
-    """Starts a process that tokenises the training split, unless it is complete or another one is at it."""
-    if corpus.tokens("train").info() is None:
-        corpus.folder.mkdir(parents=True, exist_ok=True)
-        process = multiprocessing.get_context("spawn").Process(
-            target=_produce, args=(section, corpus.tokenizer.to_str(), corpus.folder), daemon=True
-        )
-        process.start()
+    """Starts a process that tokenises the training split, unless it is complete; one on a machine is enough."""
+    train = corpus.tokens("train")
+    if train.info() is not None or int(os.environ.get("LOCAL_RANK", 0)) != 0:
+        return
+    with locked_if_free(train.lock) as free, writing(train.file):
+        if free:  # nobody is at it: what a killed one left is not trusted, what a failed one said is past
+            for file in (train.file, train.fault):
+                file.unlink(missing_ok=True)
+    process = multiprocessing.get_context("spawn").Process(
+        target=_produce, args=(section, corpus.tokenizer.to_str(), corpus.folder), daemon=True
+    )
+    process.start()
 
 
 def _produce(section: AnyData, tokenizer: str, folder: Path) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     signals.die_with_parent()
-    fault = folder / "train.error"
-    source = open_source(section)
-    corpus = Corpus(source.label, folder.name, Tokenizer.from_str(tokenizer), folder, ("train",))
-    fault.unlink(missing_ok=True)
     try:
-        _tokenise(source, corpus, "train")
-    except LMTrainError as error:
-        fault.write_text(str(error), encoding="utf-8")
+        source = open_source(section)
+        _tokenise(source, Corpus(source.label, folder.name, Tokenizer.from_str(tokenizer), folder, ("train",)), "train")
+    except Exception as error:
+        write_text(folder / "train.error", str(error) or type(error).__name__)
 
 
-def wait_for_tokens(tokens: TokenFile, needed: int, patience_s: float = 60.0) -> int:
+def wait_for_tokens(tokens: TokenFile, needed: int) -> int:
     """Waits until `needed` tokens of a growing split can be read, or the split is complete.
 
     Returns:
         The tokens that can be read now.
 
     Raises:
-        DataError: if the tokenising process failed, or nothing came for `patience_s` seconds.
+        DataError: if the tokenising process failed or ended, or nothing came for a long time.
+        StopRequested: if a signal asked for a stop meanwhile.
     """
-    fault = tokens.file.with_suffix(".error")
-    seen, since = tokens.available(), time.monotonic()
+    seen, since = -1, time.monotonic()
     while True:
-        complete = tokens.info() is not None
-        available = tokens.available()
-        if complete or available >= needed:
+        complete, available = tokens.info() is not None, tokens.available()
+        if available >= needed or complete:
             return available
-        if fault.exists():
-            raise DataError(fault.read_text(encoding="utf-8"))
-        if available > seen:
+        if tokens.fault.exists():
+            raise DataError(tokens.fault.read_text(encoding="utf-8"))
+        waited = time.monotonic() - since
+        if available != seen:
             seen, since = available, time.monotonic()
-        elif time.monotonic() - since > patience_s:
-            raise DataError(f"{tokens.file}: no new tokens for {patience_s:.0f} s; is the source out of reach?")
+        elif waited > _PATIENCE_S:
+            raise DataError(f"{tokens.file}: no new tokens for {_PATIENCE_S} s; is the source out of reach?")
+        elif waited > _START_S:
+            with locked_if_free(tokens.lock) as nobody_writes:
+                pass
+            if nobody_writes and tokens.info() is None:
+                raise DataError(f"{tokens.file}: the process that tokenised it is gone; start again")
         signals.check()
         time.sleep(0.02)
-
-
-@contextmanager
-def _locked(lock: Path) -> Iterator[None]:
-    """Holds a lock file; the kernel frees it when its holder dies."""
-    with _writing(lock):
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        opened = lock.open("w")
-    with opened:
-        while True:
-            try:
-                fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                signals.check()
-                time.sleep(0.05)
-        yield
-
-
-@contextmanager
-def _writing(file: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        why = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror
-        raise OutputError(
-            f"{file}: {why}; the token cache lies under $XDG_CACHE_HOME, set it to a place with room"
-        ) from None
 
 
 def _say(text: str) -> None:

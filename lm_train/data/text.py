@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,9 +14,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from lm_train import signals
+from lm_train.data.cache import write_text
 from lm_train.data.corpus import Corpus, TokenFile, prepare_corpus, wait_for_tokens
 from lm_train.data.order import SampleOrder, key_of
 from lm_train.data.source import Split
+from lm_train.data.tokenizer import vocabulary_size
 from lm_train.errors import DataError
 from lm_train.plan import Plan
 from lm_train.recipe import AnyData
@@ -25,6 +29,7 @@ IGNORED = -100
 STREAM_WINDOW = 2048
 """Blocks that are shuffled together while a stream is still being tokenised."""
 Batch = dict[str, Tensor]
+_IN_TRACEBACK = f"{DataError.__module__}.{DataError.__qualname__}: "
 
 
 class TrainBatches(Dataset[Batch]):
@@ -81,13 +86,23 @@ class TrainBatches(Dataset[Batch]):
             info = self.tokens.info()
         if info is None:  # the end is not known, and this position lies before it
             return SampleOrder(self.seed, (position // STREAM_WINDOW + 1) * STREAM_WINDOW, STREAM_WINDOW)
-        self._order = SampleOrder(self.seed, (info.tokens - 1) // self.block_size, STREAM_WINDOW)
+        blocks, wanted = (info.tokens - 1) // self.block_size, self.plan.global_batch_size
+        if blocks < wanted:
+            raise DataError(too_few(str(self.tokens.file), info.tokens, blocks, self.block_size, wanted))
+        self._order = SampleOrder(self.seed, blocks, STREAM_WINDOW)
         return self._order
 
 
 def train_blocks(tokens: int, block_size: int) -> int:
     """Blocks of an epoch; one block is left over so that later epochs may start anywhere inside the first."""
     return max(0, (tokens - block_size) // block_size)
+
+
+def too_few(label: str, tokens: int, blocks: int, block_size: int, wanted: int) -> str:
+    return (
+        f"{label}: {tokens:,} training tokens make {blocks} samples of model.block_size={block_size}, fewer than one batch "
+        f"of data.global_batch_size={wanted}; lower one of the two, or add text"
+    )
 
 
 class EvalBatches(Dataset[Batch]):
@@ -133,7 +148,10 @@ class TimedLoader:
         batches = iter(self.loader)
         while True:
             before = time.perf_counter()
-            batch = next(batches, None)
+            try:
+                batch = next(batches, None)
+            except DataError as error:  # a worker's comes wrapped in its traceback, the message at the end
+                raise DataError(str(error).strip().splitlines()[-1].removeprefix(_IN_TRACEBACK)) from None
             self.wait_seconds += time.perf_counter() - before
             if batch is None:
                 return
@@ -172,15 +190,13 @@ class TextDataModule(L.LightningDataModule):
         """
         self.corpus = prepare_corpus(self.section, self.streaming)
         if not self.tokenizer_file.exists():
-            partial = self.tokenizer_file.with_suffix(f".{self.plan.world_size}.{id(self)}")
-            partial.write_text(self.corpus.tokenizer.to_str(), encoding="utf-8")
-            partial.replace(self.tokenizer_file)
+            write_text(self.tokenizer_file, self.corpus.tokenizer.to_str())
         for split in self.corpus.splits:
             self._check(split, model_vocab_size)
 
     @property
     def vocab_size(self) -> int:
-        return self.corpus.tokenizer.get_vocab_size()
+        return vocabulary_size(self.corpus.tokenizer)
 
     def _check(self, split: Split, model_vocab_size: int | None) -> None:
         label, info = self.corpus.label, self.corpus.tokens(split).info()
@@ -198,10 +214,7 @@ class TextDataModule(L.LightningDataModule):
         if info is not None and split == "train":
             blocks, wanted = train_blocks(info.tokens, self.block_size), self.plan.global_batch_size
             if blocks < wanted:
-                raise DataError(
-                    f"{label}: {info.tokens:,} training tokens make {blocks} samples of model.block_size={self.block_size}, "
-                    f"fewer than one batch of data.global_batch_size={wanted}; lower one of the two, or add text"
-                )
+                raise DataError(too_few(label, info.tokens, blocks, self.block_size, wanted))
         elif info is not None and info.tokens < 2:
             raise DataError(f"{label}: {info.tokens} {split} tokens; at least 2 are needed to predict one from another")
 
@@ -252,5 +265,14 @@ class TextDataModule(L.LightningDataModule):
             num_workers=num_workers,
             pin_memory=self.plan.accelerator == "gpu",
             persistent_workers=num_workers > 0,
-            timeout=60 if num_workers > 0 else 0,
+            # a stream may take long to come, and has a patience of its own
+            timeout=60 if num_workers > 0 and not self.streaming else 0,
+            worker_init_fn=_leave_signals_to_the_rank,
         )
+
+
+def _leave_signals_to_the_rank(worker: int) -> None:
+    """A scheduler signals every process of a job; the rank still needs its batches to reach a step boundary."""
+    for number in signals.HANDLED:
+        signal.signal(number, signal.SIG_IGN)
+    signals.forget()

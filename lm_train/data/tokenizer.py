@@ -8,11 +8,14 @@ from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from lm_train.data.hub import download
 from lm_train.errors import DataError
 from lm_train.recipe.tokenizer_names import trained_bpe_size
 
 END_OF_TEXT = "<|endoftext|>"
 """GPT-2's symbol between documents."""
+_ENDS_OF_TEXT = (END_OF_TEXT, "<|end_of_text|>", "<|eos|>", "<eos>", "</s>")
+"""What other families' vocabularies call it."""
 _HUB_GPT2 = "openai-community/gpt2"
 
 
@@ -27,7 +30,7 @@ def load_tokenizer(name: str) -> Tokenizer | None:
     if name == "bytes":
         return _byte_level({symbol: i for i, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, [])
     if name == "gpt2" and not Path(name).exists():
-        return _from_hub(_HUB_GPT2)
+        return _from_file(download(_HUB_GPT2, "tokenizer.json"))
     path = Path(name).expanduser()
     return _from_folder(path) if path.is_dir() else _from_file(path)
 
@@ -48,17 +51,33 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def make_char_tokenizer(texts: Iterable[str]) -> Tokenizer:
-    """One id for each distinct character of `texts`, in code-point order, as nanoGPT's character data sets."""
-    characters = sorted(set().union(*map(set, texts)))
+    """One id for each distinct character of `texts`, in code-point order, as nanoGPT's character data sets.
+
+    Raises:
+        DataError: if there is no text.
+    """
+    found: set[str] = set()
+    for text in texts:
+        found.update(text)
+    if not found:
+        raise DataError("data.tokenizer=chars: there is no text to take the characters from")
+    characters = sorted(found)
     tokenizer = Tokenizer(models.WordLevel({c: i for i, c in enumerate(characters)}, unk_token=characters[0]))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("(?s)."), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(
+        Regex(r"(?m:.)"), "isolated"
+    )  # Oniguruma's m: a dot is any character
     tokenizer.decoder = decoders.Fuse()
     return tokenizer
 
 
 def end_of_text_id(tokenizer: Tokenizer) -> int | None:
     """The id between documents, or None if the vocabulary has none (characters)."""
-    return tokenizer.token_to_id(END_OF_TEXT)
+    return next((i for i in map(tokenizer.token_to_id, _ENDS_OF_TEXT) if i is not None), None)
+
+
+def vocabulary_size(tokenizer: Tokenizer) -> int:
+    """One more than the largest id; ids need not be without gaps."""
+    return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
 
 def _byte_level(vocab: dict[str, int], merges: list[tuple[str, str]]) -> Tokenizer:
@@ -96,25 +115,10 @@ def _from_folder(folder: Path) -> Tokenizer:
 
 def _from_file(file: Path) -> Tokenizer:
     try:
-        return Tokenizer.from_file(str(file))
+        tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # tokenizers raises plain Exception
         raise DataError(f"data.tokenizer: {file} is not a tokenizer.json: {error}") from None
-
-
-def _from_hub(repository: str) -> Tokenizer:
-    from huggingface_hub import hf_hub_download
-
-    try:
-        return _from_file(Path(hf_hub_download(repository, "tokenizer.json")))
-    except DataError:
-        raise
-    except Exception as error:
-        raise DataError(hub_out_of_reach(f"tokenizer {repository}", error)) from None
-
-
-def hub_out_of_reach(what: str, error: Exception) -> str:
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
-    return (
-        f"{what}: not to be had from the Hugging Face hub ({type(error).__name__}: {reason}); give files of your own with "
-        "data.path=FILES data.tokenizer=DIR, or train on the embedded corpus with data=embedded"
-    )
+    # meant for a network's input, they would cut every document of a corpus, or fill it up
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer

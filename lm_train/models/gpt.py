@@ -42,15 +42,17 @@ class GPT(nn.Module):
         self.block_size = section.block_size
         self.cross_entropy_chunks = cross_entropy_chunks
         config = BlockConfig(section.n_layer, section.n_head, section.n_embd, section.dropout, section.bias)
-        self.token_embedding = nn.Embedding(padded_vocab_size(vocab_size), section.n_embd)
-        self.position_embedding = nn.Embedding(section.block_size, section.n_embd)
-        self.dropout = nn.Dropout(section.dropout)
-        self.blocks = BlockStack(config, activation_checkpointing)
-        self.norm = nn.LayerNorm(section.n_embd, bias=section.bias)
+        with torch.device("meta"):  # torch's own initial weights would cost time and random numbers
+            self.token_embedding = nn.Embedding(padded_vocab_size(vocab_size), section.n_embd)
+            self.position_embedding = nn.Embedding(section.block_size, section.n_embd)
+            self.dropout = nn.Dropout(section.dropout)
+            self.blocks = BlockStack(config, activation_checkpointing)
+            self.norm = nn.LayerNorm(section.n_embd, bias=section.bias)
+        self.to_empty(device=torch.get_default_device())
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Draws the initial weights; call it again after `to_empty` when the model was built on the meta device."""
+        """Draws the initial weights; after `to_empty` of a model built on the meta device, the same as built in place."""
         init_weights(self, n_layer=len(self.blocks))
 
     def hidden(self, tokens: Tensor) -> Tensor:  # (B, T) -> (B, T, C)

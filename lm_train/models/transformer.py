@@ -76,11 +76,17 @@ class BlockStack(nn.ModuleList):
 
     def __init__(self, config: BlockConfig, activation_checkpointing: Literal["none", "full"] | int) -> None:
         super().__init__(Block(config) for _ in range(config.n_layer))
-        self.every = {"none": 0, "full": 1}.get(activation_checkpointing, activation_checkpointing)
+        match activation_checkpointing:
+            case "none":
+                self.every = 0
+            case "full":
+                self.every = 1
+            case every:
+                self.every = every
 
     def forward(self, x: Tensor) -> Tensor:  # (B, T, C) -> (B, T, C)
         for i, block in enumerate(self):
-            if self.every and self.training and (i + 1) % int(self.every) == 0:
+            if self.every and self.training and (i + 1) % self.every == 0:
                 x = checkpoint(block, x, use_reentrant=False)
             else:
                 x = block(x)
@@ -123,7 +129,9 @@ def chunked_cross_entropy(
         return _cross_entropy(flat_hidden, weight, flat_targets, vocab_size)
     total = hidden.new_zeros((), dtype=torch.float32)
     for part, wanted in zip(flat_hidden.chunk(chunks), flat_targets.chunk(chunks), strict=True):
-        total = total + checkpoint(_cross_entropy, part, weight, wanted, vocab_size, use_reentrant=False)
+        total = total + checkpoint(
+            _cross_entropy, part, weight, wanted, vocab_size, use_reentrant=False, preserve_rng_state=False
+        )
     return total
 
 

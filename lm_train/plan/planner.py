@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from lm_train.errors import UsageError
 from lm_train.hardware import BF16_SINCE, Machine
 from lm_train.plan.counts import flops_per_token, parameter_count
@@ -12,6 +14,8 @@ from lm_train.recipe.tokenizer_names import known_vocab_size
 MICRO_BATCH_TOKENS = {"gpu": 16_384, "cpu": 4_096}
 """Largest micro batch chosen by itself, in tokens. An assumption that suits small models, not a measurement."""
 
+Precision = Literal["32-true", "bf16-mixed", "bf16-true", "16-mixed"]
+
 
 def make_plan(recipe: Recipe, machine: Machine) -> Plan:
     """Decides everything the recipe left open.
@@ -21,7 +25,7 @@ def make_plan(recipe: Recipe, machine: Machine) -> Plan:
     """
     problems: list[str] = []
     reasons: dict[str, str] = {}
-    accelerator = "gpu" if machine.gpus else "cpu"
+    accelerator: Literal["cpu", "gpu"] = "gpu" if machine.gpus else "cpu"
     devices = _devices(recipe, machine, problems, reasons)
     precision = _precision(recipe, machine, problems, reasons)
     micro, accumulate = _batches(recipe, devices, accelerator, problems, reasons)
@@ -34,7 +38,7 @@ def make_plan(recipe: Recipe, machine: Machine) -> Plan:
     vocab = recipe.model.vocab_size
     if vocab == "auto":
         known = known_vocab_size(recipe.data.tokenizer)
-        vocab_size = None if known is None else padded_vocab_size(known)
+        vocab_size = known
     else:
         vocab_size = vocab
     n_parameters = None if vocab_size is None else parameter_count(recipe.model, padded_vocab_size(vocab_size))
@@ -88,11 +92,13 @@ def _devices(recipe: Recipe, machine: Machine, problems: list[str], reasons: dic
     return 1
 
 
-def _precision(recipe: Recipe, machine: Machine, problems: list[str], reasons: dict[str, str]) -> str:
+def _precision(recipe: Recipe, machine: Machine, problems: list[str], reasons: dict[str, str]) -> Precision:
     asked = recipe.trainer.precision
     if asked != "auto":
         if asked == "16-mixed" and not machine.gpus:
-            problems.append("trainer.precision: 16-mixed needs a GPU; on this CPU take 32-true or bf16-mixed")
+            problems.append(
+                "trainer.precision: 16-mixed needs a GPU; on this CPU try trainer.precision=32-true or bf16-mixed"
+            )
         return asked
     key = "trainer.precision"
     if not machine.gpus:
@@ -117,30 +123,44 @@ def _batches(
     accumulate = recipe.trainer.accumulate_grad_batches
     if total % devices:
         near = max(devices, round(total / devices) * devices)
+        fewer = _largest_divisor(total, devices)
         problems.append(
-            f"data.global_batch_size: {total} does not divide among {devices} ranks; try data.global_batch_size={near}"
+            f"data.global_batch_size: {total} does not divide among {devices} ranks; try data.global_batch_size={near} or "
+            f"trainer.devices={fewer}"
         )
         return 1, 1
     share = total // devices
+    if micro != "auto" and accumulate != "auto":
+        if micro * accumulate != share:
+            problems.append(
+                f"data.global_batch_size: {total} is not {micro} micro x {accumulate} accumulated x {devices} ranks; "
+                f"try data.global_batch_size={micro * accumulate * devices}, or one of data.micro_batch_size and "
+                "trainer.accumulate_grad_batches auto"
+            )
+        return micro, accumulate
     if micro != "auto":
         if share % micro:
-            near = max(d for d in range(1, micro + 1) if share % d == 0)
             problems.append(
                 f"data.micro_batch_size: {micro} does not divide the {share} samples of each of {devices} ranks; "
-                f"try data.micro_batch_size={near}"
+                f"try data.micro_batch_size={_largest_divisor(share, micro)}"
             )
         return micro, share // micro
     if accumulate != "auto":
         if share % accumulate:
-            near = max(d for d in range(1, accumulate + 1) if share % d == 0)
             problems.append(
                 f"trainer.accumulate_grad_batches: {accumulate} does not divide the {share} samples of each of "
-                f"{devices} ranks; try trainer.accumulate_grad_batches={near}"
+                f"{devices} ranks; try trainer.accumulate_grad_batches={_largest_divisor(share, accumulate)}"
             )
         return share // accumulate, accumulate
     most = max(1, MICRO_BATCH_TOKENS[accelerator] // recipe.model.block_size)
-    micro = max(d for d in range(1, share + 1) if share % d == 0 and d <= most)
+    micro = _largest_divisor(share, most)
     reasons["data.micro_batch_size"] = (
         f"largest divisor of {share} with at most {MICRO_BATCH_TOKENS[accelerator]:,} tokens"
+        if micro * recipe.model.block_size <= MICRO_BATCH_TOKENS[accelerator]
+        else f"one sequence is more than {MICRO_BATCH_TOKENS[accelerator]:,} tokens"
     )
     return micro, share // micro
+
+
+def _largest_divisor(number: int, most: int) -> int:
+    return next(d for d in range(min(number, most), 0, -1) if number % d == 0)

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lm_train.recipe.explain import nearest
+from lm_train.recipe.explain import RESUME, nearest, nearest_value, shown
 from lm_train.recipe.sections import Recipe, TextData
-from lm_train.recipe.tokenizer_names import is_path, known_vocab_size
+from lm_train.recipe.tokenizer_names import exists, is_path, known_vocab_size
 
 Conflict = tuple[list[tuple[str, ...]], str]
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -23,19 +22,22 @@ def is_hub_name(path: str) -> bool:
     """Whether `data.path` means a data set of the hub: owner/name, and not a local path or the look of one."""
     return (
         _HUB_NAME.fullmatch(path) is not None
-        and not Path(path).exists()
-        and not Path(path.split("/")[0]).is_dir()
+        and not exists(path)
+        and not exists(path.split("/")[0])
         and not path.endswith(_DATA_SUFFIXES)
     )
 
 
-def near_path(path: Path) -> str:
+def near_path(path: str, folder: Path = Path()) -> str:
     """`; did you mean DIR/other.txt?` for a path that does not exist, or nothing."""
+    asked = Path(path)
     try:
-        near = nearest(path.name, os.listdir(path.parent), cutoff=0.7)
-    except (OSError, ValueError):
+        names = [file.name for file in (folder / asked.expanduser().parent).iterdir()]
+    except (OSError, ValueError, RuntimeError):
         return ""
-    return f"; did you mean {path.parent / near}?" if near else ""
+    near = nearest(asked.stem, (Path(name).stem for name in names if Path(name).suffix == asked.suffix), cutoff=0.7)
+    name = f"{near}{asked.suffix}" if near else nearest(asked.name, names, cutoff=0.8)
+    return f"; did you mean {path[: len(path) - len(asked.name)]}{name}?" if name else ""
 
 
 def debug_settings(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -155,28 +157,25 @@ def _path_conflicts(recipe: Recipe) -> Iterator[Conflict]:
             ("val_path", recipe.data.val_path),
             ("test_path", recipe.data.test_path),
         ):
-            if value is not None and not _exists(value) and not (key == "path" and is_hub_name(value)):
-                near = near_path(Path(value))
-                hint = near or ("; a hub name looks like owner/name" if key == "path" else "")
-                yield [("data", key)], f"no such file or folder: {value}{hint}"
+            if value is not None and not exists(value) and not (key == "path" and is_hub_name(value)):
+                hint = near_path(value) or ("; a hub name looks like owner/name" if key == "path" else "")
+                yield [("data", key)], f"no such file or folder: {shown(value)}{hint}"
     tokenizer = recipe.data.tokenizer
     if is_path(tokenizer):
-        if not _exists(tokenizer):
-            yield [("data", "tokenizer")], f"no such file or folder: {tokenizer}{near_path(Path(tokenizer))}"
+        if not exists(tokenizer):
+            yield [("data", "tokenizer")], f"no such file or folder: {shown(tokenizer)}{near_path(tokenizer)}"
         elif known_vocab_size(tokenizer) is None:
             yield (
                 [("data", "tokenizer")],
                 f"{tokenizer} holds no vocabulary; expected a tokenizer.json, or a folder with "
                 "tokenizer.json, or encoder.json and vocab.bpe, or vocab.json and merges.txt",
             )
-    if recipe.resume not in ("auto", "never") and not _exists(recipe.resume):
-        yield [("resume",)], f"expected auto, never, or a run or checkpoint; no such folder: {recipe.resume}"
-    if Path(recipe.runs_dir).exists() and not Path(recipe.runs_dir).is_dir():
+    if recipe.resume not in ("auto", "never") and not exists(recipe.resume):
+        near = nearest_value(recipe.resume, RESUME, ())
+        hint = f"; did you mean resume={near}?" if near else near_path(recipe.resume)
+        yield (
+            [("resume",)],
+            f"expected auto, never, or a run or checkpoint; no such folder: {shown(recipe.resume)}{hint}",
+        )
+    if exists(recipe.runs_dir) and not Path(recipe.runs_dir).is_dir():
         yield [("runs_dir",)], f"{recipe.runs_dir} is a file; name a folder"
-
-
-def _exists(path: str) -> bool:
-    try:
-        return Path(path).expanduser().exists()
-    except (OSError, ValueError):
-        return False

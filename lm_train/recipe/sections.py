@@ -1,7 +1,7 @@
 """What a user may ask for: every key of a recipe, its type, unit and default.
 
 The sections are frozen and refuse unknown keys. Checks that need two keys of one section stand here; checks that need two
-sections stand in ``load.py``; checks that need the machine belong to the plan.
+sections stand in ``checks.py``; checks that need the machine belong to the plan.
 """
 
 from __future__ import annotations
@@ -10,16 +10,20 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+from lm_train.recipe.text import WrittenFloat, WrittenInt
 from lm_train.recipe.tokenizer_names import is_tokenizer_name
 
 Auto = Literal["auto"]
-PositiveInt = Annotated[int, Field(ge=1)]
+PositiveInt = Annotated[int, Field(ge=1, lt=2**31)]
+Count = Annotated[int, Field(ge=0, lt=2**31)]
 PositiveIntOrAuto = PositiveInt | Auto
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 
 
 def _as_text(value: Any) -> Any:
-    """``name=2024`` is a name, not a number."""
+    """``name=2024`` is a name, not a number, and stays as it was written."""
+    if isinstance(value, WrittenInt | WrittenFloat):
+        return value.text
     return str(value) if type(value) in (int, float) else value
 
 
@@ -58,7 +62,7 @@ class GPT(Section):
             return [
                 (
                     ("n_embd", "n_head"),
-                    f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}; try n_embd={near}",
+                    f"model.n_embd={self.n_embd} is not a multiple of model.n_head={self.n_head}; try model.n_embd={near}",
                 )
             ]
         return []
@@ -74,7 +78,7 @@ class DataSection(Section):
     """Samples (for text: sequences of model.block_size tokens) between two optimizer steps, over all processes."""
     micro_batch_size: PositiveIntOrAuto = "auto"
     """Samples that one process sends through the network at a time."""
-    num_workers: Annotated[int, Field(ge=0)] | Auto = "auto"
+    num_workers: Count | Auto = "auto"
     """Loader processes of each rank."""
 
 
@@ -82,7 +86,7 @@ def _tokenizer(value: Any) -> Any:
     if isinstance(value, str) and not is_tokenizer_name(value):
         raise ValueError(
             "expected bytes, chars, bpe:N (N from 300 to 200000, trained on the corpus), gpt2, or the path of a "
-            f"tokenizer.json or of a folder with encoder.json and vocab.bpe; got {value!r}"
+            f"tokenizer.json or of a folder with encoder.json and vocab.bpe; got {value[:80]!r}"
         )
     return value
 
@@ -131,7 +135,7 @@ class OptimSection(Section):
     weight_decay: NonNegativeFloat = 0.1
     """Applied to matrices only: neither to biases nor to norms."""
     schedule: Literal["constant", "cosine", "linear", "warmup_stable_decay"] = "cosine"
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    warmup_steps: Count = 0
     """Optimizer steps of linear warm-up from 0, before any schedule."""
     min_learning_rate_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
     """Where cosine, linear and warmup_stable_decay end, as a share of learning_rate."""
@@ -172,7 +176,7 @@ class SGD(OptimSection):
 
     def conflicts(self) -> list[tuple[tuple[str, ...], str]]:
         if self.nesterov and self.momentum == 0:
-            return [(("nesterov", "momentum"), "nesterov=true needs a momentum above 0; try momentum=0.9")]
+            return [(("nesterov", "momentum"), "optim.nesterov=true needs a momentum above 0; try optim.momentum=0.9")]
         return []
 
 
@@ -212,9 +216,9 @@ class TrainerSection(Section):
     log_every_n_steps: PositiveInt = 10
     val_check_interval: PositiveInt | None = None
     """Optimizer steps between two validations; null: only at the end."""
-    limit_val_batches: Annotated[int, Field(ge=0)] | None = None
+    limit_val_batches: Count | None = None
     """Micro batches of one validation on each process; null: the whole split; 0: no validation."""
-    limit_test_batches: Annotated[int, Field(ge=0)] | None = None
+    limit_test_batches: Count | None = None
     early_stopping_patience: PositiveInt | None = None
     """Validations without improvement of val/loss after which the run ends; null: never."""
     activation_checkpointing: Literal["none", "full"] | PositiveInt = "none"
@@ -225,7 +229,7 @@ class TrainerSection(Section):
     """torch.compile on the network."""
     deterministic: bool = False
     """Refuse operations without a deterministic implementation."""
-    sample_tokens: Annotated[int, Field(ge=0)] = 120
+    sample_tokens: Count = 120
     """Tokens of text generated at the end of the run; 0: none."""
 
 

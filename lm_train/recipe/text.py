@@ -17,22 +17,40 @@ from lm_train.errors import UsageError
 Path = tuple[str | int, ...]
 
 _INT = re.compile(r"[-+]?(0|[1-9][0-9]*(_[0-9]+)*)")
-_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
+_FLOAT = re.compile(r"[-+]?(\.[0-9]+|(0|[1-9][0-9]*)(\.[0-9]*([eE][-+]?[0-9]+)?|[eE][-+]?[0-9]+))")
 _SPECIAL = {"null": None, "~": None, "": None, "true": True, "false": False, "True": True, "False": False, "None": None}
-_MAX_BYTES = 1 << 20
+_MAX_DIGITS = 400
 _MAX_DEPTH = 12
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+class WrittenInt(int):
+    """An integer that remembers how it was written, for the keys that take text (`name=1_000`) and for messages."""
+
+    text: str
+
+
+class WrittenFloat(float):
+    """As WrittenInt: ``name=12e4567`` is a name, and no message says inf where 1e400 was written."""
+
+    text: str
 
 
 def parse_scalar(text: str) -> Any:
     """The value of one plain scalar: ``4`` is an int, ``1e-4`` a float, ``null`` is None, anything else a string."""
     if text in _SPECIAL:
         return _SPECIAL[text]
+    number: WrittenInt | WrittenFloat
+    if len(text) > _MAX_DIGITS:  # Python refuses to read an integer of thousands of digits
+        return text
     if _INT.fullmatch(text):
-        return int(text)
-    if _FLOAT.fullmatch(text):
-        return float(text)
-    return text
+        number = WrittenInt(text)
+    elif _FLOAT.fullmatch(text):
+        number = WrittenFloat(text)
+    else:
+        return text
+    number.text = text
+    return number
 
 
 def parse_word_value(text: str) -> Any:
@@ -55,35 +73,39 @@ def parse_yaml(text: str, where: str) -> tuple[Any, dict[Path, int]]:
     Raises:
         UsageError: naming file and line of the first fault.
     """
-    if len(text) > _MAX_BYTES:
-        raise UsageError(f"{where}: larger than {_MAX_BYTES} bytes; a recipe is a page at most")
     try:
-        for event in yaml.parse(text, Loader=_Loader):
-            line = event.start_mark.line + 1
-            if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
-                raise UsageError(
-                    f"{_at(where, line)}: anchors (&) and aliases (*) are not allowed; write the value out"
-                )
-            if getattr(event, "tag", None):
-                raise UsageError(f"{_at(where, line)}: tags ({event.tag}) are not allowed; write a plain value")
+        _refuse_what_is_not_plain(text, where)  # before composing, which recurses in C
         node = yaml.compose(text, Loader=_Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
+        line = min(mark.line, max(0, len(text.splitlines()) - 1)) if mark else 0
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise UsageError(f"{_at(where, mark.line + 1 if mark else 1)}: not YAML: {problem}") from None
-    except RecursionError:
-        raise UsageError(f"{where or 'value'}: nested too deeply") from None
+        if re.match(r" *\t", "".join(text.splitlines()[line : line + 1])):
+            problem = "a tab indents this line; use spaces"
+        raise UsageError(f"{_at(where, line + 1)}not YAML: {problem}") from None
     lines: dict[Path, int] = {}
     return (None if node is None else _build(node, (), lines, where)), lines
 
 
+def _refuse_what_is_not_plain(text: str, where: str) -> None:
+    depth = 0
+    for event in yaml.parse(text, Loader=_Loader):
+        line = event.start_mark.line + 1 if event.start_mark else 1
+        if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
+            raise UsageError(f"{_at(where, line)}anchors (&) and aliases (*) are not allowed; write the value out")
+        tag = getattr(event, "tag", None)
+        if tag:
+            raise UsageError(f"{_at(where, line)}tags ({tag}) are not allowed; write a plain value")
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > _MAX_DEPTH:
+            raise UsageError(f"{_at(where, line)}nested more than {_MAX_DEPTH} deep")
+
+
 def _at(where: str, line: int) -> str:
-    return f"{where}:{line}" if where else "value"
+    return f"{where}:{line}: " if where else ""
 
 
 def _build(node: yaml.Node, path: Path, lines: dict[Path, int], where: str) -> Any:
-    if len(path) > _MAX_DEPTH:
-        raise UsageError(f"{_at(where, node.start_mark.line + 1)}: nested more than {_MAX_DEPTH} deep")
     if isinstance(node, yaml.ScalarNode):
         return node.value if node.style else parse_scalar(node.value)  # plain scalars have no style
     if isinstance(node, yaml.SequenceNode):
@@ -92,10 +114,11 @@ def _build(node: yaml.Node, path: Path, lines: dict[Path, int], where: str) -> A
     for key_node, child in node.value:
         line = key_node.start_mark.line + 1
         if not isinstance(key_node, yaml.ScalarNode):
-            raise UsageError(f"{_at(where, line)}: a key must be a plain name")
+            raise UsageError(f"{_at(where, line)}a key must be a plain name")
         key = key_node.value
         if key in result:
-            raise UsageError(f"{_at(where, line)}: duplicate key {key!r}, first on line {lines[(*path, key)]}")
+            first = f", first on line {lines[(*path, key)]}" if where else ""
+            raise UsageError(f"{_at(where, line)}duplicate key {key!r}{first}; keep one")
         lines[(*path, key)] = line
         result[key] = _build(child, (*path, key), lines, where)
     return result

@@ -8,6 +8,8 @@ from pathlib import Path
 
 GPT2_VOCAB_SIZE = 50257
 """Radford et al. 2019, section 2.2: 256 bytes, 50,000 merges, one end-of-text symbol."""
+TOKENIZER_NAMES = ("bytes", "chars", "gpt2", "bpe:2048")
+"""For a suggestion; any `bpe:N` will do."""
 _BPE = re.compile(r"bpe:([1-9][0-9]*)")
 
 
@@ -17,8 +19,19 @@ def trained_bpe_size(name: str) -> int | None:
     return int(match[1]) if match else None
 
 
+def exists(path: str) -> bool:
+    """Whether there is such a file or folder; a name that no file can have (too long, a NUL) has none."""
+    try:
+        return Path(path).expanduser().exists()
+    except (OSError, ValueError, RuntimeError):  # RuntimeError: ~nobody
+        return False
+
+
 def is_path(name: str) -> bool:
-    return "/" in name or name.endswith(".json") or Path(name).exists()
+    """Whether the name means files; a folder that happens to be called chars does not hide the tokenizer."""
+    if name in ("bytes", "chars") or trained_bpe_size(name) is not None:
+        return False
+    return "/" in name or name.endswith(".json") or exists(name)
 
 
 def is_tokenizer_name(name: str) -> bool:
@@ -32,21 +45,23 @@ def known_vocab_size(name: str) -> int | None:
     """Size of the vocabulary where it can be told without the corpus; None for `chars` and unreadable files."""
     if name == "bytes":
         return 257
-    if name == "gpt2":
+    if name == "gpt2" and not exists(name):
         return GPT2_VOCAB_SIZE
     size = trained_bpe_size(name)
     if size is not None or name == "chars":
         return size
-    return _size_of_files(Path(name))
+    return _size_of_files(Path(name).expanduser()) if exists(name) else None
 
 
 def _size_of_files(path: Path) -> int | None:
     for file in (path,) if path.is_file() else (path / "tokenizer.json", path / "encoder.json", path / "vocab.json"):
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            if "model" in content:
+                added = [token["id"] for token in content.get("added_tokens", [])]
+                return max([len(content["model"]["vocab"]), *(i + 1 for i in added)])
+            if isinstance(content, dict):
+                return len(content)
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
             continue
-        vocab = content.get("model", {}).get("vocab", content) if "model" in content else content
-        added = [token["id"] for token in content.get("added_tokens", [])] if "model" in content else []
-        return max([len(vocab), *(i + 1 for i in added)])
     return None

@@ -1,0 +1,158 @@
+"""What the rank processes of `Pair` can do; `python -m tests.rank_cases` reads cases from standard input."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+
+from lm_train import signals
+from lm_train.data.text import TrainBatches
+from lm_train.errors import ExitCode
+from lm_train.runs import RunFolder
+from lm_train.train import train
+
+
+def run(
+    folder: str, resume_from: str | None = None, fault: str | None = None, stop_at: int | None = None
+) -> dict[str, Any]:
+    """Trains this rank's part of a run.
+
+    Args:
+        folder: the run's.
+        resume_from: a checkpoint folder.
+        fault: "data": rank 1 reads rank 0's samples; "gradient": rank 1's gradient of one tensor is doubled.
+        stop_at: optimizer step after which rank 1 gets SIGTERM's flag.
+    """
+    signals.forget()
+    callbacks: list[L.Callback] = [_Fault(fault)] if fault else []
+    if stop_at is not None:
+        callbacks.append(_StopRankOne(stop_at))
+    code = train(RunFolder(folder), Path(resume_from) if resume_from else None, callbacks)
+    signals.forget()
+    return {"code": int(code)}
+
+
+class _Fault(L.Callback):
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.global_rank == 1 and self.kind == "gradient":
+            next(pl_module.parameters()).register_hook(lambda gradient: gradient * 2)
+        if trainer.global_rank == 1 and self.kind == "data":
+            batches = trainer.datamodule.train_loader.loader.dataset
+            assert isinstance(batches, TrainBatches)
+            batches.rank = 0
+
+
+class _StopRankOne(L.Callback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        time.sleep(0.05)  # steps of a size that several fit into the second between two agreements
+        if trainer.global_rank == 1 and trainer.global_step == self.step:
+            signals._requested = ExitCode.REQUEUE
+
+
+class _CountedSteps(L.Callback):
+    """Profiles the optimizer steps first+1 .. last, which hold no logging step."""
+
+    def __init__(self, first: int, last: int) -> None:
+        self.first, self.last = first, last
+        self.counts: dict[str, int] = {}
+        self._profile: Any = None
+
+    def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
+        if trainer.global_step == self.first and self._profile is None:
+            self._profile = profile(activities=[ProfilerActivity.CPU])
+            self._profile.__enter__()
+            self._began = time.monotonic()
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        if trainer.global_step == self.last and self._profile is not None:
+            seconds = time.monotonic() - self._began
+            self._profile.__exit__(None, None, None)
+            self.counts = _counts(self._profile) | {"seconds": round(seconds, 3)}
+            self._profile = None
+
+
+def _counts(profiled: Any) -> dict[str, int]:
+    """Collectives that reached the backend, and reads of a tensor's value by the host (which wait for a GPU)."""
+    events = {event.key: event.count for event in profiled.key_averages()}
+    return {
+        "collectives": sum(n for key, n in events.items() if key.startswith("gloo:")),
+        "host_reads": events.get("aten::_local_scalar_dense", 0),
+    }
+
+
+def count(folder: str, first: int, last: int) -> dict[str, Any]:
+    """Trains, and counts the collectives and host reads of some steps."""
+    counter = _CountedSteps(first, last)
+    signals.forget()
+    train(RunFolder(folder), None, [counter])
+    return counter.counts
+
+
+class _Broadcasts(L.Callback):
+    """What stock Lightning does in every micro batch: broadcast a flag and read it."""
+
+    def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
+        flag = torch.zeros(1)
+        dist.broadcast(flag, src=0)
+        flag.item()
+
+
+def count_with_broadcast(folder: str, first: int, last: int) -> dict[str, Any]:
+    counter = _CountedSteps(first, last)
+    signals.forget()
+    train(RunFolder(folder), None, [counter, _Broadcasts()])
+    return counter.counts
+
+
+def count_bare(steps: int, accumulate: int) -> dict[str, Any]:
+    """The same counts for a plain loop: DistributedDataParallel, clipping, SGD, nothing else."""
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
+    torch.manual_seed(0)
+    net = nn.parallel.DistributedDataParallel(nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32)))
+    optimizer = torch.optim.SGD(net.parameters(), lr=1e-3, momentum=0.9)
+
+    def step() -> None:
+        for micro in range(accumulate):
+            net.require_backward_grad_sync = micro == accumulate - 1
+            (net(torch.randn(4, 32)).square().mean() / accumulate).backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    for _ in range(3):
+        step()
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        for _ in range(steps):
+            step()
+    return _counts(profiled)
+
+
+def main() -> None:
+    for line in sys.stdin:
+        order = json.loads(line)
+        try:
+            answer = {"result": globals()[order["case"]](**order["arguments"])}
+        except BaseException:
+            answer = {"error": traceback.format_exc()}
+        print("ANSWER " + json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    main()

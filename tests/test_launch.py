@@ -1,0 +1,248 @@
+"""The supervisor with real processes: what a person types, what comes out, and what is left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import pty
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from lm_train.runs import RunFolder, read_jsonl
+from tests.conftest import TINY
+
+ENDLESS = ("trainer.max_steps=1000000", "trainer.log_every_n_steps=20", "checkpoint.every_n_steps=100000")
+
+
+class Command:
+    """`lm-train train` as a real process in a folder of its own; whatever is left of it is killed at the end."""
+
+    def __init__(self, folder: Path, words: Sequence[str]) -> None:
+        given = dict(word.split("=", 1) for word in (*TINY, *words))
+        self.root = folder / "runs" / given["name"]
+        self.run = RunFolder(self.root)
+        command = [sys.executable, "-m", "lm_train", "train", *(f"{k}={v}" for k, v in given.items())]
+        self.process = subprocess.Popen(
+            command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
+
+    def wait_for_steps(self) -> None:
+        deadline = time.monotonic() + 90
+        while not (self.run.metrics.exists() and len(list(read_jsonl(self.run.metrics))) >= 2):
+            assert self.process.poll() is None, self.process.communicate()[1]
+            assert time.monotonic() < deadline, "no step within 90 s"
+            time.sleep(0.05)
+
+    def ranks(self) -> dict[int, int]:
+        """Process ids by rank."""
+        found = {}
+        for folder in Path("/proc").iterdir():
+            with contextlib.suppress(OSError, ValueError, StopIteration):
+                pid = int(folder.name)
+                if (
+                    f"lm_train.rank\0{self.run.root.relative_to(self.root.parent.parent)}\0".encode()
+                    not in (folder / "cmdline").read_bytes()
+                ):
+                    continue
+                if (folder / "cwd").resolve() == self.root.parent.parent:
+                    environment = (folder / "environ").read_bytes().split(b"\0")
+                    found[int(next(e for e in environment if e.startswith(b"RANK="))[5:])] = pid
+        return found
+
+    def end(self, timeout: float = 90) -> tuple[int, str, str]:
+        out, err = self.process.communicate(timeout=timeout)
+        return self.process.returncode, out, err
+
+    def clean(self) -> None:
+        for pid in self.ranks().values():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+
+
+@pytest.fixture
+def launch(tmp_path: Path, text_file: Path) -> Iterator:
+    started = []
+
+    def start(*words: str) -> Command:
+        command = Command(tmp_path, (f"data.path={text_file}", "name=run", *words))
+        started.append(command)
+        return command
+
+    yield start
+    for command in started:
+        command.clean()
+
+
+def test_one_command_trains_reports_and_is_not_done_twice(launch) -> None:
+    first = launch("trainer.sample_tokens=20", "trainer.val_check_interval=20", "tracking.wandb=offline")
+    code, out, err = first.end()
+    assert code == 0, err
+    lines = out.splitlines()
+    assert lines[0] == "--- sample ---"
+    assert lines[-1] == "runs/run"
+    assert "36,204 training tokens" in err
+    assert "val/loss" in err
+    assert "Traceback" not in err
+    assert "Warning" not in err
+    assert first.run.exit_code.read_text() == "0\n"
+    assert {p.name for p in first.root.iterdir()} >= {
+        "recipe.yaml", "plan.json", "exit_code", "metrics.jsonl", "checkpoints", "wandb", "tokenizer.json"
+    }  # fmt: skip
+    rows = list(read_jsonl(first.run.metrics))
+    assert set(rows[0]) == {
+        "step", "epoch", "tokens", "samples", "train/loss", "train/grad_norm", "train/learning_rate", "perf/step_seconds",
+        "perf/data_wait_seconds", "perf/tokens_per_second", "perf/samples_per_second", "memory/peak_bytes",
+        "budget/gpu_hours",
+    }  # fmt: skip
+    assert rows[0]["tokens"] == 256
+    assert [row["step"] for row in rows if "val/loss" in row] == [20, 40, 50]
+
+    before = first.run.metrics.read_bytes()
+    again = launch("trainer.sample_tokens=20", "trainer.val_check_interval=20", "tracking.wandb=offline")
+    code, out, err = again.end()
+    assert (code, out) == (0, "runs/run\n")
+    assert "finished already" in err
+    assert first.run.metrics.read_bytes() == before
+
+
+def test_ctrl_c_saves_both_ranks_and_the_same_command_goes_on(launch) -> None:
+    words = ("trainer.devices=2",)
+    command = launch(*words, *ENDLESS)
+    command.wait_for_steps()
+    os.killpg(command.process.pid, signal.SIGINT)  # what a terminal does
+    code, out, err = command.end()
+    assert code == 130
+    assert out == "runs/run\n"
+    assert err.count("stopping at the next step boundary") == 1
+    assert "name=run" in err.splitlines()[-1]
+    assert "Traceback" not in err
+    assert command.run.exit_code.read_text() == "130\n"
+    step = json.loads((command.run.checkpoints / "latest").read_text())["step"]
+    assert step > 20
+
+    resumed = launch(*words, *ENDLESS, f"trainer.max_steps={step + 30}")
+    code, out, err = resumed.end()
+    assert code == 0
+    assert f"resuming from runs/run/checkpoints/step-{step}" in err
+    assert f"the recipe has changed: trainer.max_steps: 1000000 -> {step + 30}" in err
+    steps = [row["step"] for row in read_jsonl(resumed.run.metrics) if "train/loss" in row]
+    assert steps == sorted(set(steps)), "no step stands twice"
+    assert steps[-1] == step + 30
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_preemption_signal_saves_and_asks_for_a_requeue(launch, number: signal.Signals) -> None:
+    command = launch(*ENDLESS)
+    command.wait_for_steps()
+    command.process.send_signal(number)
+    code, _, err = command.end()
+    assert code == 75, err
+    assert command.run.exit_code.read_text() == "75\n"
+    assert (command.run.checkpoints / "latest").exists()
+
+
+def test_a_second_ctrl_c_ends_at_once(launch) -> None:
+    # a stopped rank reaches no step boundary
+    command = launch(*ENDLESS)
+    command.wait_for_steps()
+    os.kill(command.ranks()[0], signal.SIGSTOP)
+    command.process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    assert command.process.poll() is None
+    command.process.send_signal(signal.SIGINT)
+    code, _, _ = command.end(timeout=5)
+    assert code == 130
+    assert command.ranks() == {}
+
+
+def test_a_rank_that_dies_ends_the_run_and_is_named(launch) -> None:
+    command = launch("trainer.devices=2", *ENDLESS)
+    command.wait_for_steps()
+    os.kill(command.ranks()[1], signal.SIGKILL)
+    began = time.monotonic()
+    code, _, err = command.end(timeout=20)
+    assert time.monotonic() - began < 10
+    assert code == 75
+    assert "rank 1" in err.splitlines()[-1] or "rank 1" in err
+    assert "SIGKILL" in err
+    assert "Traceback" not in err
+    assert command.ranks() == {}
+
+
+def test_a_supervisor_that_is_killed_takes_its_ranks_along(launch) -> None:
+    command = launch("trainer.devices=2", *ENDLESS)
+    command.wait_for_steps()
+    assert set(command.ranks()) == {0, 1}
+    command.process.kill()
+    deadline = time.monotonic() + 5
+    while command.ranks() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert command.ranks() == {}
+
+
+def test_bad_data_is_one_line_whatever_the_number_of_ranks(launch, tmp_path: Path) -> None:
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"text": "good"}\n{"text": "broken\n')
+    command = launch("trainer.devices=2", f"data.path={bad}")
+    code, out, err = command.end()
+    assert code == 66
+    message = [line for line in err.splitlines() if line.startswith("lm-train:")]
+    assert len(message) == 1, err
+    assert f"{bad}" in message[0]
+    assert "line 2" in message[0]
+    assert "Traceback" not in err
+    assert command.run.exit_code.read_text() == "66\n"
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_any_rank_starts(launch) -> None:
+    command = launch("runs_dir=/proc/nowhere")
+    code, _, err = command.end()
+    assert code == 73
+    assert "runs_dir=" in err.splitlines()[-1]
+
+
+def test_debug_shows_shapes_and_times_and_overfits_one_batch(launch) -> None:
+    command = launch("debug=true", "trainer.max_steps=20")
+    code, _, err = command.end()
+    assert code == 0, err
+    assert "shapes of the first batch:" in err
+    assert "(16, 16) int64" in err
+    assert "slowest operations of 5 steps" in err
+    assert "as it should" in err
+    assert not (command.root / "wandb").exists()
+
+
+def test_a_terminal_gets_a_bar(tmp_path: Path, text_file: Path) -> None:
+    main, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
+    words = (*TINY, f"data.path={text_file}", "trainer.max_steps=300", "trainer.val_check_interval=100", "name=run")
+    given = dict(word.split("=", 1) for word in words)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lm_train", "train", *(f"{k}={v}" for k, v in given.items())],
+        cwd=tmp_path, stdin=terminal, stdout=subprocess.PIPE, stderr=terminal, start_new_session=True,
+    )  # fmt: skip
+    os.close(terminal)
+    shown = b""
+    with contextlib.suppress(OSError):  # the terminal's end
+        while part := os.read(main, 4096):
+            shown += part
+    assert process.wait() == 0
+    text = shown.decode()
+    assert "300/300" in text
+    assert "loss " in text
+    assert "tokens/s" in text
+    assert "val/loss" in text
+    assert "ETA" not in text, "plain lines are for other places"
