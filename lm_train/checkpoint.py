@@ -185,7 +185,7 @@ class CheckpointReader:
         for file in sorted(folder.glob("shard-*.safetensors"), key=lambda f: int(f.stem.removeprefix("shard-"))):
             with self._open(file) as shard:
                 self.random_states.append(json.loads(shard.metadata()["rng"]))
-                for entry in shard.keys():
+                for entry in list(shard.keys()):
                     name, key, start = entry.rsplit("|", 2)
                     length = shard.get_slice(entry).get_shape()[0]
                     self._ranges.setdefault((name, key), []).append((int(start), length, file, entry))

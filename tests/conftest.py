@@ -52,7 +52,22 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def text_file(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
     """40 kB of made-up sentences, so that a model has something to learn."""
     draw = random.Random(0)
-    words = "the a small large red old model data loss step learns reads writes holds of in on and then quickly".split()
+    words = (
+        "the",
+        "a",
+        "small",
+        "large",
+        "model",
+        "data",
+        "loss",
+        "step",
+        "learns",
+        "reads",
+        "holds",
+        "of",
+        "in",
+        "and",
+    )
     lines = (" ".join(draw.choice(words) for _ in range(draw.randint(4, 12))) + ".\n" for _ in range(1000))
     file = tmp_path_factory.mktemp("text") / "sentences.txt"
     file.write_text("".join(lines), encoding="utf-8")

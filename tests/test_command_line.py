@@ -5,6 +5,7 @@ A line of a table is the words that go to `lm-train train recipe=gpt_debug`, and
 
 from __future__ import annotations
 
+import os
 import re
 import resource
 import shlex
@@ -190,6 +191,7 @@ def command(*words: str, folder: Path, options: tuple[str, ...] = ()) -> tuple[s
         (("",), "'': no such verb; there are train, recipes, show, doctor"),
         (("\x1b[31mtrain",), r"'\x1b[31mtrain': no such verb; did you mean train?"),
         (("recipe=gpt_debug",), "a verb comes first; did you mean lm-train train recipe=gpt_debug?"),
+        (("a=\n\x1b[31m",), r"a=\n\x1b[31m: a verb comes first; did you mean lm-train train a=\n\x1b[31m?"),
         (("recipes", "gpt_debug"), "gpt_debug: lm-train recipes takes no words"),
         (("doctor", "a=b"), "a=b: lm-train doctor takes no words"),
     ],
@@ -240,9 +242,13 @@ def test_bug_of_ours_says_so(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_reader_that_goes_away(tmp_path: Path) -> None:
-    """`lm-train recipes | true` ends quietly."""
+    """`lm-train recipes | true` ends quietly, also where Python holds the output back to the end."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "lm_train", "recipes"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [sys.executable, "-m", "lm_train", "recipes"],
+        cwd=tmp_path,
+        env={key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
     )
     assert process.stdout is not None
     process.stdout.close()

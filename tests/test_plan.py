@@ -99,10 +99,6 @@ def test_too_many_gpus_and_all_other_problems_at_once() -> None:
     assert problems(gpus(2), "trainer.devices=4") == [
         "trainer.devices: 4 asked, this machine has 2 GPUs; try trainer.devices=2"
     ]
-    both = ("data.global_batch_size=15", "trainer.devices=auto")
-    assert problems(gpus(2), *both) == [
-        "data.global_batch_size: 15 does not divide among 2 ranks; try data.global_batch_size=16 or trainer.devices=1"
-    ]
 
 
 # batches
@@ -114,6 +110,7 @@ def test_global_batch_stays() -> None:
     choices = itertools.product((1, 6, 8, 12, 60), (1, 2, 3, 4, 8), ("auto", 1, 2, 3), ("auto", 1, 2, 5))
     for total, ranks, micro, accumulate in choices:
         words = [f"data.micro_batch_size={micro}", f"trainer.accumulate_grad_batches={accumulate}"]
+        words += [f"trainer.devices={ranks}"]
         given = [n for n in (micro, accumulate) if isinstance(n, int)]
         product = math.prod(given) * ranks
         if total % product or (len(given) == 2 and total != product):
@@ -150,29 +147,35 @@ def test_micro_batch(machine: Machine, block_size: int, total: int, micro: int) 
     assert "data.micro_batch_size" in made.reasons
 
 
-REFUSED_BATCHES = [
-    ((10, "auto", "auto"), "data.global_batch_size: 10 does not divide among 4 ranks", "data.global_batch_size=8"),
-    ((2, "auto", "auto"), "data.global_batch_size: 2 does not divide among 4 ranks", "data.global_batch_size=4"),
-    ((12, 2, "auto"), "data.micro_batch_size: 2 does not divide the 3 samples of", "data.micro_batch_size=1"),
-    ((12, 6, "auto"), "data.micro_batch_size: 6 does not divide the 3 samples of", "data.micro_batch_size=3"),
-    ((12, "auto", 4), "trainer.accumulate_grad_batches: 4 does not", "trainer.accumulate_grad_batches=3"),
-    ((64, 4, 2), "data.global_batch_size: 64 is not 4 micro x 2 accumulated x 4 ranks", "data.global_batch_size=32"),
+AUTO_DEVICES = [
+    ((12, "auto", "auto"), 4),
+    ((10, "auto", "auto"), 2),
+    ((7, "auto", "auto"), 1),
+    ((12, 2, "auto"), 3),
+    ((12, 6, "auto"), 2),
+    ((12, "auto", 4), 3),
+    ((24, 4, 2), 3),
 ]
 
 
-@pytest.mark.parametrize(("batches", "said", "way_out"), REFUSED_BATCHES)
-def test_batch_that_does_not_divide(batches: tuple[object, ...], said: str, way_out: str) -> None:
-    total, micro, accumulate = batches
-    words = {
-        "data.global_batch_size": total,
-        "data.micro_batch_size": micro,
-        "trainer.accumulate_grad_batches": accumulate,
-    }
-    (problem,) = problems(gpus(4), *(f"{key}={value}" for key, value in words.items()))
-    assert problem.startswith(said)
-    assert f"try {way_out}" in problem
-    key, _, value = way_out.partition("=")
-    plan(gpus(4), *(f"{k}={v}" for k, v in (words | {key: value}).items()))  # the way out is one
+@pytest.mark.parametrize(("batches", "devices"), AUTO_DEVICES)
+def test_auto_devices_are_the_most_gpus_that_divide_the_batch(batches: tuple[object, ...], devices: int) -> None:
+    made = plan(gpus(4), *batch_words(batches))
+    assert made.devices == devices
+    assert made.micro_batch_size * made.accumulate_grad_batches * devices == batches[0]
+    assert ("of 4 GPUs" in made.reasons["trainer.devices"]) == (devices < 4)
+
+
+def test_a_batch_that_its_fixed_parts_do_not_make() -> None:
+    (problem,) = problems(gpus(4), *batch_words((64, 4, 2)))
+    assert problem.startswith("data.global_batch_size: 64 is not 4 micro x 2 accumulated x 1 ranks; try ")
+    assert "try data.global_batch_size=8" in problem
+    plan(gpus(4), *batch_words((8, 4, 2)))  # the way out is one
+
+
+def batch_words(batches: tuple[object, ...]) -> list[str]:
+    keys = ("data.global_batch_size", "data.micro_batch_size", "trainer.accumulate_grad_batches")
+    return [f"{key}={value}" for key, value in zip(keys, batches, strict=True)]
 
 
 # counts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 from lm_train.errors import UsageError
@@ -86,8 +87,22 @@ def _devices(recipe: Recipe, machine: Machine, problems: list[str], reasons: dic
         reasons["trainer.devices"] = "trainer.strategy=single is one process"
         return 1
     if machine.gpus:
+        # micro batch and accumulation that the recipe fixes must divide what each GPU gets, too
+        fixed = [v for v in (recipe.data.micro_batch_size, recipe.trainer.accumulate_grad_batches) if v != "auto"]
+        unit = math.prod(fixed)
+        total = recipe.data.global_batch_size
+        usable = [
+            n
+            for n in range(1, len(machine.gpus) + 1)
+            if total % (n * unit) == 0 and (len(fixed) < 2 or total == n * unit)
+        ]
+        devices = max(usable, default=1)
         reasons["trainer.devices"] = "all GPUs of this machine"
-        return len(machine.gpus)
+        if devices < len(machine.gpus):
+            reasons["trainer.devices"] = (
+                f"of {len(machine.gpus)} GPUs the most that divide data.global_batch_size={total}"
+            )
+        return devices
     reasons["trainer.devices"] = "no GPU: one CPU process"
     return 1
 
@@ -121,14 +136,8 @@ def _batches(
     """Micro batch and accumulation; micro x accumulation x ranks is always the recipe's global batch."""
     total, micro = recipe.data.global_batch_size, recipe.data.micro_batch_size
     accumulate = recipe.trainer.accumulate_grad_batches
-    if total % devices:
-        near = max(devices, round(total / devices) * devices)
-        fewer = _largest_divisor(total, devices)
-        problems.append(
-            f"data.global_batch_size: {total} does not divide among {devices} ranks; try data.global_batch_size={near} or "
-            f"trainer.devices={fewer}"
-        )
-        return 1, 1
+    # the recipe's own checks refuse explicit numbers that do not divide; `auto` devices are chosen to divide
+    assert total % devices == 0, (total, devices)
     share = total // devices
     if micro != "auto" and accumulate != "auto":
         if micro * accumulate != share:
@@ -139,18 +148,8 @@ def _batches(
             )
         return micro, accumulate
     if micro != "auto":
-        if share % micro:
-            problems.append(
-                f"data.micro_batch_size: {micro} does not divide the {share} samples of each of {devices} ranks; "
-                f"try data.micro_batch_size={_largest_divisor(share, micro)}"
-            )
         return micro, share // micro
     if accumulate != "auto":
-        if share % accumulate:
-            problems.append(
-                f"trainer.accumulate_grad_batches: {accumulate} does not divide the {share} samples of each of "
-                f"{devices} ranks; try trainer.accumulate_grad_batches={_largest_divisor(share, accumulate)}"
-            )
         return share // accumulate, accumulate
     most = max(1, MICRO_BATCH_TOKENS[accelerator] // recipe.model.block_size)
     micro = _largest_divisor(share, most)
