@@ -48,7 +48,8 @@ fi
 ready && exit 0
 
 say "installing into $venv (minutes the first time; torch alone is large)"
-[ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
+# an installation that was cut off leaves a venv without pip
+"$venv/bin/python" -m pip --version >/dev/null 2>&1 || "$python" -m venv --clear "$venv"
 torch=$(grep '^torch==' "$root/constraints.txt")
 pip() { "$venv/bin/python" -m pip --disable-pip-version-check --no-input "$@" >&2; }
 if ! { pip install --quiet "$torch" && pip install --quiet -c "$root/constraints.txt" -e "$root${extra:+[$extra]}"; }; then

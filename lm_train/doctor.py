@@ -12,13 +12,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from lm_train.data.source import cache_folder
+from packaging.requirements import Requirement
+
+from lm_train.data.cache import cache_folder
 from lm_train.errors import ExitCode
 from lm_train.hardware import this_machine
 
 LOW_DISK_BYTES = 5 << 30
-BAD_LIGHTNING = ("2.6.2", "2.6.3")
-"""Malicious releases that stole credentials at import (GHSA-w37p-236h-pfx3)."""
 
 
 class Finding(NamedTuple):
@@ -40,29 +40,18 @@ def examine() -> int:
 def _versions() -> Iterator[Finding]:
     version = ".".join(map(str, sys.version_info[:3]))
     yield Finding("ok", f"python {version}")
-    for package in (
-        "torch",
-        "lightning",
-        "deepspeed",
-        "transformers",
-        "datasets",
-        "wandb",
-        "torchmetrics",
-        "tokenizers",
-    ):
-        try:
-            found = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            yield Finding("FAIL", f"{package} is not installed", "launch/setup.sh")
+    for needed in map(Requirement, metadata.requires("lm-train") or []):
+        if needed.marker is not None:  # tools of the tests
             continue
-        if package == "lightning" and found in BAD_LIGHTNING:
-            yield Finding(
-                "FAIL",
-                f"lightning {found} is a malicious release",
-                "launch/setup.sh, then change your passwords and keys",
-            )
+        try:
+            found = metadata.version(needed.name)
+        except metadata.PackageNotFoundError:
+            yield Finding("FAIL", f"{needed.name} is not installed", "launch/setup.sh")
+            continue
+        if needed.specifier.contains(found, prereleases=True):
+            yield Finding("ok", f"{needed.name} {found}")
         else:
-            yield Finding("ok", f"{package} {found}")
+            yield Finding("FAIL", f"{needed.name} {found} is not {needed.specifier}", "launch/setup.sh")
 
 
 def _devices() -> Iterator[Finding]:

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 from dataclasses import dataclass
 
+from lm_train.errors import UsageError
+
 DENSE_BF16_FLOPS = {
-    "B200": 2250e12,
-    "H200": 989.4e12,
+    r"\bB200\b": 2250e12,
+    r"\bH200\b(?! NVL)": 989.4e12,
     "H100 NVL": 835.5e12,
     "H100 PCIe": 756e12,
-    "H100": 989.4e12,
-    "A100": 312e12,
-    "L40S": 362.05e12,
-    "RTX 4090": 165.2e12,
+    r"\bH100\b": 989.4e12,
+    r"\bA100\b": 312e12,
+    r"\bL40S\b": 362.05e12,
+    r"RTX 4090(?! D\b| Laptop)": 165.2e12,
 }
-"""Peak dense bf16 FLOP/s with fp32 accumulation, by a part of the name that nvidia-smi reports; first match counts.
+"""Peak dense bf16 FLOP/s with fp32 accumulation, by a pattern of the name that nvidia-smi reports; first match counts.
 
 Source: NVIDIA's data sheets of each product (figures "with sparsity" halved): DGX B200; H200 Tensor Core GPU; H100 Tensor
 Core GPU (SXM, NVL, PCIe columns); A100; L40S; Ada GPU Architecture white paper, appendix A (RTX 4090).
@@ -36,7 +39,7 @@ class GPU:
     @property
     def peak_flops(self) -> float | None:
         """Dense bf16 FLOP/s, or None for a GPU that is not in the table."""
-        return next((flops for part, flops in DENSE_BF16_FLOPS.items() if part in self.name), None)
+        return next((flops for part, flops in DENSE_BF16_FLOPS.items() if re.search(part, self.name)), None)
 
 
 @dataclass(frozen=True)
@@ -51,9 +54,13 @@ def this_machine() -> Machine:
     return Machine(cpu_cores=cores, gpus=_visible_gpus())
 
 
+_NO_DEVICES = ("", "-1", "NoDevFiles")
+"""CUDA_VISIBLE_DEVICES of a process that is to see none; the last is Slurm's, in a job without GPUs."""
+
+
 def _visible_gpus() -> tuple[GPU, ...]:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if shutil.which("nvidia-smi") is None or visible in ("", "-1"):
+    if shutil.which("nvidia-smi") is None or visible in _NO_DEVICES:
         return ()
     query = "--query-gpu=index,uuid,name,memory.total,compute_cap"
     try:
@@ -75,6 +82,11 @@ def _visible_gpus() -> tuple[GPU, ...]:
         if not found:  # CUDA stops at the first entry that it does not know
             break
         chosen.append(found[0])
+    if listed and not chosen and visible not in _NO_DEVICES:
+        raise UsageError(
+            f"CUDA_VISIBLE_DEVICES={visible} names none of the {len(listed)} GPUs that nvidia-smi lists (MIG slices are not "
+            "supported); give their numbers or UUIDs, or set it empty to train on the CPU"
+        )
     return tuple(chosen)
 
 

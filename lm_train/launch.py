@@ -15,8 +15,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
 
-from lm_train import runs
-from lm_train.errors import CheckpointError, ExitCode, OutputError
+from lm_train import runs, signals
+from lm_train.errors import ExitCode, OutputError
 from lm_train.hardware import this_machine
 from lm_train.plan import Plan, make_plan
 from lm_train.recipe import Recipe
@@ -24,6 +24,8 @@ from lm_train.runs import RunFolder
 
 GRACE_S = 5.0
 """How long the other ranks may take to notice that one died before they are killed."""
+_GOOD = (ExitCode.DONE, ExitCode.REQUEUE, ExitCode.INTERRUPTED)
+"""What a rank that stands with the others at a step boundary ends with."""
 
 
 class Failure(NamedTuple):
@@ -51,12 +53,12 @@ def train(recipe: Recipe) -> int:
         )
         print(earlier.root)
         return ExitCode.DONE
-    checkpoint = runs.checkpoint_to_resume(recipe, earlier or RunFolder(Path(recipe.runs_dir) / (recipe.name or "")))
+    checkpoint = runs.checkpoint_to_resume(recipe, earlier)
+    step = runs.check_resumable(checkpoint, recipe, plan) if checkpoint is not None else 0
     if earlier is not None:
         for difference in runs.recipe_differences(earlier, recipe):
             _say(f"{earlier.root}: the recipe has changed: {difference}")
     folder = runs.create(recipe, plan)
-    step = _step_of(checkpoint)
     runs.cut_jsonl(folder.metrics, step)
     _say(f"run folder {folder.root}\nplan\n{plan.table()}")
     with _signals_forwarded(recipe.debug) as supervisor:
@@ -66,20 +68,10 @@ def train(recipe: Recipe) -> int:
     except OutputError as error:
         _say(f"lm-train: {error}")
     if code in (ExitCode.REQUEUE, ExitCode.INTERRUPTED) and supervisor.stopping:
-        _say(f"stopped; go on with the same command and name={folder.name}")
+        saved = "stopped without saving" if supervisor.at_once else "stopped"
+        _say(f"{saved}; go on with the same command and name={folder.name}")
     print(folder.root, flush=True)
     return code
-
-
-def _step_of(checkpoint: Path | None) -> int:
-    if checkpoint is None:
-        return 0
-    try:
-        return int(json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))["step"])
-    except (OSError, ValueError, KeyError, TypeError):
-        raise CheckpointError(
-            f"{checkpoint / 'state.json'}: missing or damaged; name another with resume=PATH"
-        ) from None
 
 
 class _Supervisor:
@@ -90,26 +82,25 @@ class _Supervisor:
         self.ranks: list[subprocess.Popen[bytes]] = []
         self._chosen_port: int | None = None
         self.stopping: signal.Signals | None = None
+        self.at_once = False
 
     def run(self, folder: RunFolder, plan: Plan, checkpoint: Path | None) -> int:
         """Runs all ranks to their end and returns the run's exit code."""
         try:
             for rank in range(plan.world_size):
-                if self.stopping:
-                    break
-                self.ranks.append(_start(rank, plan, folder, checkpoint, self._port(plan)))
-                if self.stopping:  # a signal between the start and now missed this rank
-                    self._signal(self.stopping)
+                with signals.blocked():  # until the rank listens; here, until it is in the list
+                    self.ranks.append(_start(rank, plan, folder, checkpoint, self._port(plan)))
+                if self.stopping and len(self.ranks) < plan.world_size:
+                    return _code_of(self.stopping)  # the ranks so far would wait for the others
             failure = self._watch(folder)
         finally:
             self._kill()
+        if self.at_once:
+            return _code_of(signal.SIGINT)
         if failure is not None:
             _report(failure, folder, self.debug)
             return failure.code
-        codes = {rank.returncode for rank in self.ranks}
-        if self.stopping and not self.ranks:
-            return _code_of(self.stopping)
-        return max(codes)
+        return max(_meaning(rank.returncode) for rank in self.ranks)
 
     def _port(self, plan: Plan) -> int:
         if self._chosen_port is None:
@@ -118,29 +109,25 @@ class _Supervisor:
 
     def _watch(self, folder: RunFolder) -> Failure | None:
         """Waits for all ranks; when one ends badly, gives the others a moment and ends them."""
-        failure: Failure | None = None
         deadline = float("inf")
-        good = (ExitCode.DONE, ExitCode.REQUEUE, ExitCode.INTERRUPTED)
-        while any(rank.poll() is None for rank in self.ranks):
-            if failure is None:
-                failure = self._first_failure(folder, good)
-                if failure is not None:
-                    deadline = time.monotonic() + GRACE_S
+        together = (None, *_GOOD)
+        while any(rank.poll() is None for rank in self.ranks) and not self.at_once:
+            if deadline == float("inf") and any(rank.returncode not in together for rank in self.ranks):
+                deadline = time.monotonic() + GRACE_S
             if time.monotonic() > deadline:
-                return failure
+                break
             time.sleep(0.02)
-        return failure or self._first_failure(folder, good)
+        # a rank that a signal stopped outside the loop may have cut the others off
+        return None if any(_stopped_outside(rank.returncode) for rank in self.ranks) else self._first_failure(folder)
 
-    def _first_failure(self, folder: RunFolder, good: tuple[ExitCode, ...]) -> Failure | None:
+    def _first_failure(self, folder: RunFolder) -> Failure | None:
         """The cause among the ranks that ended badly: the one that wrote its own error rather than one that was cut off."""
-        bad = [(i, rank.returncode) for i, rank in enumerate(self.ranks) if rank.returncode not in (None, *good)]
+        bad = [(i, rank.returncode) for i, rank in enumerate(self.ranks) if rank.returncode not in (None, *_GOOD)]
         failures = []
         for i, status in bad:
             reported = _read_error(folder, i)
             if status < 0:
-                killed_by_us = self.stopping is not None and -status == signal.SIGKILL
-                code = _code_of(self.stopping) if killed_by_us and self.stopping else ExitCode.REQUEUE
-                failures.append((0, Failure(i, code, f"was ended by {signal.Signals(-status).name}")))
+                failures.append((0, Failure(i, ExitCode.REQUEUE, f"was ended by {signal.Signals(-status).name}")))
             elif reported is not None:
                 cut_off = any(
                     words in reported["message"] for words in ("Connection closed", "Connection reset", "pair closure")
@@ -155,7 +142,7 @@ class _Supervisor:
         """Asks all ranks to stop at a step boundary; a second Ctrl-C kills them."""
         asked = signal.Signals(number)
         if asked == signal.SIGINT and self.stopping == signal.SIGINT:
-            self._kill()
+            self.at_once = True  # the watching loop kills: Popen's lock may be held by what this handler interrupted
             return
         if asked == signal.SIGINT:
             os.write(2, b"\nstopping at the next step boundary and saving; Ctrl-C again to stop at once\n")
@@ -191,6 +178,7 @@ def _start(rank: int, plan: Plan, folder: RunFolder, checkpoint: Path | None, po
     """Starts one rank in a process group of its own, so that a terminal's Ctrl-C reaches the supervisor alone."""
     environment = {
         **os.environ,
+        "LM_TRAIN_STARTED": str(time.time()),
         "RANK": str(rank),
         "LOCAL_RANK": str(rank % plan.devices),
         "NODE_RANK": str(rank // plan.devices),
@@ -199,6 +187,8 @@ def _start(rank: int, plan: Plan, folder: RunFolder, checkpoint: Path | None, po
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "KINETO_LOG_LEVEL": os.environ.get("KINETO_LOG_LEVEL", "9"),  # the profiler's remarks about itself
+        # threads that spin while they wait make a step many times slower as soon as anything else wants a core
+        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(plan.threads_per_rank)),
     }
     command = [sys.executable, "-m", "lm_train.rank", str(folder.root), *([str(checkpoint)] if checkpoint else [])]
@@ -214,6 +204,17 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def _stopped_outside(status: int | None) -> bool:
+    return status in (signals.OUTSIDE_THE_LOOP + ExitCode.REQUEUE, signals.OUTSIDE_THE_LOOP + ExitCode.INTERRUPTED)
+
+
+def _meaning(status: int) -> int:
+    """The run's exit code as one rank has it; a rank that was killed while another stopped adds nothing."""
+    if _stopped_outside(status):
+        return status - signals.OUTSIDE_THE_LOOP
+    return status if status in _GOOD else ExitCode.DONE
 
 
 def _code_of(number: signal.Signals) -> ExitCode:

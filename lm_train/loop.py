@@ -61,7 +61,7 @@ class StepTrainer(L.Trainer):
             )
         self._signal_connector = _NoSignals(self)
         epoch_loop._broadcast_sigterm_tensor = lambda: None
-        epoch_loop._should_check_val_fx = self._validation_due
+        epoch_loop._should_check_val_fx = lambda data_fetcher: self.validation_is_due
 
     def start_at(self, step: int) -> None:
         """Counts on from optimizer step `step`, as if this process had done the steps before."""
@@ -73,7 +73,9 @@ class StepTrainer(L.Trainer):
         """In `on_train_batch_end`: whether that batch ended an optimizer step, not only an accumulation."""
         return not self.fit_loop.epoch_loop._should_accumulate()
 
-    def _validation_due(self, data_fetcher: Any) -> bool:
+    @property
+    def validation_is_due(self) -> bool:
+        """In `on_train_batch_end`: whether a validation follows this step."""
         if not self.enable_validation or not self.step_is_complete or self.stop_code is not None:
             return False
         step = self.global_step

@@ -18,8 +18,6 @@ from lm_train import signals
 from lm_train.errors import ExitCode, LMTrainError, StopRequested
 from lm_train.runs import RunFolder
 
-_CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
-
 
 def main() -> int:
     signals.die_with_parent()
@@ -31,18 +29,28 @@ def main() -> int:
 
         return train(folder, checkpoint)
     except StopRequested as stop:
-        return stop.exit_code
+        return signals.OUTSIDE_THE_LOOP + stop.exit_code
     except LMTrainError as error:
         _report(folder, str(error), error.exit_code)
         return error.exit_code
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
-        code = ExitCode.CANNOT_WRITE if error.errno in _CANNOT_WRITE else ExitCode.BUG
+        code = _code_of(error, folder)
         _report(folder, f"{place}{error.strerror or error}", code)
         return code
     except BaseException as error:
         _report(folder, f"{type(error).__name__}: {error}", ExitCode.BUG)
         return ExitCode.BUG
+
+
+def _code_of(error: OSError, folder: RunFolder) -> ExitCode:
+    """A full or read-only disk, or what this user may not write in the run folder, may not read elsewhere."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        return ExitCode.CANNOT_WRITE
+    if error.errno in (errno.EACCES, errno.EPERM):
+        inside = str(error.filename).startswith(str(folder.root))
+        return ExitCode.CANNOT_WRITE if inside else ExitCode.BAD_DATA
+    return ExitCode.BUG
 
 
 def _report(folder: RunFolder, message: str, code: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -103,7 +104,10 @@ def _next_free(runs: Path, title: str) -> Path:
 
 def write_atomically(file: Path, text: str) -> None:
     partial = file.with_name(f".{file.name}.{os.getpid()}")
-    partial.write_text(text, encoding="utf-8")
+    with partial.open("w", encoding="utf-8") as opened:
+        opened.write(text)
+        opened.flush()
+        os.fsync(opened.fileno())
     partial.replace(file)
 
 
@@ -151,7 +155,7 @@ def latest_checkpoint(folder: RunFolder) -> Path | None:
     """The run's newest checkpoint, or None if it has none yet."""
     try:
         name = json.loads((folder.checkpoints / "latest").read_text(encoding="utf-8"))["checkpoint"]
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, KeyError, TypeError):
         raise CheckpointError(f"{folder.checkpoints / 'latest'}: damaged; name a checkpoint with resume=PATH") from None
@@ -163,27 +167,72 @@ def latest_checkpoint(folder: RunFolder) -> Path | None:
     return folder.checkpoints / name
 
 
-def checkpoint_to_resume(recipe: Recipe, folder: RunFolder) -> Path | None:
-    """Where this start goes on from: `resume=PATH` (a run or a step-N folder), else the folder's newest checkpoint.
+def checkpoint_to_resume(recipe: Recipe, folder: RunFolder | None) -> Path | None:
+    """Where this start goes on from, or None for step 0.
+
+    A run that has checkpoints of its own goes on from its newest, also where `resume=PATH` once gave it its start in
+    another run; only a PATH inside its own folder goes back.
+
+    Args:
+        recipe: whose `resume` counts.
+        folder: the run, if it exists.
 
     Raises:
         UsageError: if `resume=never` meets a folder with checkpoints.
         CheckpointError: if the named place has none.
     """
-    if recipe.resume not in ("auto", "never"):
-        path = Path(recipe.resume)
-        found = path if (path / "manifest.json").exists() else latest_checkpoint(RunFolder(path))
-        if found is None:
-            raise CheckpointError(
-                f"resume={path}: holds no checkpoint; expected a run's folder or its checkpoints/step-N"
+    own = latest_checkpoint(folder) if folder is not None else None
+    if recipe.resume in ("auto", "never"):
+        if own is not None and recipe.resume == "never":
+            raise UsageError(
+                f"resume=never: {own.parent.parent} has checkpoints (newest {own.name}); take another name=, or resume=auto"
             )
-        return found
-    found = latest_checkpoint(folder)
-    if found is not None and recipe.resume == "never":
-        raise UsageError(
-            f"resume=never: {folder.root} has checkpoints (newest {found.name}); take another name=, or resume=auto"
-        )
+        return own
+    path = Path(recipe.resume).expanduser()
+    if own is not None and own.parent.resolve() not in (path.resolve(), *path.resolve().parents):
+        return own
+    found = path if (path / "manifest.json").exists() else latest_checkpoint(RunFolder(path))
+    if found is None:
+        raise CheckpointError(f"resume={path}: holds no checkpoint; expected a run's folder or its checkpoints/step-N")
     return found
+
+
+def check_resumable(checkpoint: Path, recipe: Recipe, plan: Plan) -> int:
+    """Whether a recipe can go on from a checkpoint, as far as its JSON files tell; before anything is overwritten.
+
+    Returns:
+        The checkpoint's optimizer step.
+
+    Raises:
+        CheckpointError: saying what differs.
+    """
+    try:
+        state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+        manifest = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))
+        step, seed, optimizer = int(state["step"]), state["seed"], manifest["optimizer"]
+        saved = sum(math.prod(t["shape"]) for t in manifest["tensors"].values() if "param" in t["keys"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{checkpoint}: state.json or manifest.json missing or damaged ({type(error).__name__}); name another "
+            "checkpoint with resume=PATH"
+        ) from None
+    otherwise = "or start a new run with another name="
+    if seed != recipe.seed:
+        raise CheckpointError(
+            f"{checkpoint}: was trained with seed={seed}, now seed={recipe.seed}, which is another order of samples; give "
+            f"seed={seed}, {otherwise}"
+        )
+    if optimizer.lower() != recipe.optim.kind:
+        raise CheckpointError(
+            f"{checkpoint}: holds the state of {optimizer}, the recipe asks for {recipe.optim.kind}; give "
+            f"optim.kind={optimizer.lower()}, {otherwise}"
+        )
+    if plan.n_parameters is not None and saved != plan.n_parameters:
+        raise CheckpointError(
+            f"{checkpoint}: holds a model of {saved:,} parameters, the recipe's has {plan.n_parameters:,}; give the model it "
+            f"was trained with, {otherwise}"
+        )
+    return step
 
 
 def is_finished(recipe: Recipe, folder: RunFolder) -> bool:

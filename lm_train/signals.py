@@ -5,10 +5,12 @@ Anything that works for long before the loop (tokenising, waiting for data) call
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from types import FrameType
 
 from lm_train.errors import ExitCode, StopRequested
@@ -19,13 +21,29 @@ _EXIT_CODES = {
     signal.SIGINT: ExitCode.INTERRUPTED,
 }
 HANDLED = tuple(_EXIT_CODES)
+OUTSIDE_THE_LOOP = 100
+"""Added to the exit code by a rank that a signal stopped where the ranks do not agree: the others may wait for it."""
 _requested: ExitCode | None = None
 
 
 def listen() -> None:
-    """From now on SIGTERM, SIGUSR1 and SIGINT ask for a stop instead of ending the process."""
+    """From now on SIGTERM, SIGUSR1 and SIGINT ask for a stop instead of ending the process.
+
+    The supervisor starts ranks with these signals blocked (`blocked`), so that none falls into the gap before this call.
+    """
     for number in HANDLED:
         signal.signal(number, _on_signal)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED)
+
+
+@contextlib.contextmanager
+def blocked() -> Iterator[None]:
+    """Holds the signals back, for this process until the end of the block, for one started inside until it listens."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _on_signal(number: int, frame: FrameType | None) -> None:

@@ -15,7 +15,7 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 
 
 class LaunchedRank(ClusterEnvironment):
-    """The place of this process among the ranks, as the supervisor wrote it into the environment.
+    """The place of this process among the ranks, as the supervisor wrote it into the environment; alone without one.
 
     A laptop, one node and several nodes look the same here, and Lightning's own detection of Slurm never runs.
     """
@@ -26,33 +26,33 @@ class LaunchedRank(ClusterEnvironment):
 
     @property
     def main_address(self) -> str:
-        return os.environ["MASTER_ADDR"]
+        return os.environ.get("MASTER_ADDR", "127.0.0.1")
 
     @property
     def main_port(self) -> int:
-        return int(os.environ["MASTER_PORT"])
+        return int(os.environ.get("MASTER_PORT", 0))
 
     @staticmethod
     def detect() -> bool:
         return False
 
     def world_size(self) -> int:
-        return int(os.environ["WORLD_SIZE"])
+        return int(os.environ.get("WORLD_SIZE", 1))
 
     def set_world_size(self, size: int) -> None:
         pass  # the supervisor decided
 
     def global_rank(self) -> int:
-        return int(os.environ["RANK"])
+        return int(os.environ.get("RANK", 0))
 
     def set_global_rank(self, rank: int) -> None:
         pass  # the supervisor decided
 
     def local_rank(self) -> int:
-        return int(os.environ["LOCAL_RANK"])
+        return int(os.environ.get("LOCAL_RANK", 0))
 
     def node_rank(self) -> int:
-        return int(os.environ["NODE_RANK"])
+        return int(os.environ.get("NODE_RANK", 0))
 
 
 def build_strategy(plan: Plan) -> Strategy:
@@ -62,7 +62,6 @@ def build_strategy(plan: Plan) -> Strategy:
             return SingleDeviceStrategy("cuda:0" if plan.accelerator == "gpu" else "cpu")
         case "ddp":
             return DDPStrategy(
-                cluster_environment=LaunchedRank(),
                 process_group_backend="nccl" if plan.accelerator == "gpu" else "gloo",
                 timeout=COLLECTIVE_TIMEOUT,
                 gradient_as_bucket_view=True,  # gradients live in the buckets: one copy of them less

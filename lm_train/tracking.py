@@ -8,6 +8,7 @@ import math
 import os
 import socket
 import sys
+import threading
 import uuid
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
@@ -20,9 +21,9 @@ from lm_train.plan import Plan
 from lm_train.recipe import Recipe
 from lm_train.runs import RunFolder
 
-REACH_TIMEOUT_S = 3.0
-INIT_TIMEOUT_S = 6.0
-"""Together under 10 s: what an unreachable W&B may delay the first step by."""
+REACH_TIMEOUT_S = 2.0
+INIT_TIMEOUT_S = 4.0
+"""With the offline start that follows under 10 s: what an unreachable W&B may delay the first step by."""
 
 
 class MetricsFile(Logger):
@@ -140,8 +141,16 @@ def _unreachable() -> str | None:
     if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy")):
         return None  # a proxy decides, and init_timeout guards
     port = url.port or (443 if url.scheme == "https" else 80)
-    try:
-        socket.create_connection((url.hostname or "", port), timeout=REACH_TIMEOUT_S).close()
-    except OSError as error:
-        return f"{url.hostname}:{port}: {error.strerror or error}"
-    return None
+    answer: list[str | None] = []
+
+    def ask() -> None:
+        try:
+            socket.create_connection((url.hostname or "", port), timeout=REACH_TIMEOUT_S).close()
+            answer.append(None)
+        except OSError as error:
+            answer.append(f"{url.hostname}:{port}: {error.strerror or error}")
+
+    asking = threading.Thread(target=ask, daemon=True)  # looking a name up has no timeout of its own
+    asking.start()
+    asking.join(REACH_TIMEOUT_S)
+    return answer[0] if answer else f"{url.hostname}:{port}: no answer within {REACH_TIMEOUT_S:.0f} s"

@@ -14,9 +14,9 @@ import lightning.pytorch as L
 import torch
 from lightning.pytorch.callbacks import EarlyStopping
 
-from lm_train import data, models
+from lm_train import data, models, runs
 from lm_train.callbacks import Checkpoints, DebugChecks, Metrics, Progress, StopAgreement
-from lm_train.callbacks.checkpoints import MONITOR, restore_callbacks
+from lm_train.callbacks.checkpoints import MONITOR, restore_state
 from lm_train.callbacks.debugging import overfit_one_batch
 from lm_train.checkpoint import CheckpointReader
 from lm_train.errors import CheckpointError, ExitCode
@@ -26,7 +26,7 @@ from lm_train.modules import CausalLanguageModel
 from lm_train.plan import Plan, flops_per_token
 from lm_train.recipe import Recipe, load
 from lm_train.runs import RunFolder
-from lm_train.strategy import build_strategy
+from lm_train.strategy import LaunchedRank, build_strategy
 from lm_train.tracking import loggers
 
 
@@ -55,8 +55,13 @@ def train(folder: RunFolder, resume_from: Path | None = None, callbacks: Sequenc
         net.compile()
 
     n_parameters = sum(p.numel() for p in net.parameters())
-    hours_before = checkpoint.state["gpu_hours"] if checkpoint else 0.0
-    metrics = Metrics(plan, flops_per_token(recipe.model, n_parameters), recipe.trainer.log_every_n_steps, hours_before)
+    metrics = Metrics(
+        plan,
+        flops_per_token(recipe.model, n_parameters),
+        recipe.trainer.log_every_n_steps,
+        gpu_hours=_hours_before(checkpoint, folder),
+        started=float(os.environ.get("LM_TRAIN_STARTED", 0)),
+    )
     fingerprint = datamodule.corpus.fingerprint
     saving = Checkpoints(
         recipe.checkpoint,
@@ -69,6 +74,7 @@ def train(folder: RunFolder, resume_from: Path | None = None, callbacks: Sequenc
             accelerator=plan.accelerator,
             devices=plan.devices,
             strategy=build_strategy(plan),
+            plugins=[LaunchedRank()],
             precision=plan.precision,
             max_steps=plan.max_steps,
             accumulate=plan.accumulate_grad_batches,
@@ -86,7 +92,7 @@ def train(folder: RunFolder, resume_from: Path | None = None, callbacks: Sequenc
             default_root_dir=folder.root,
             logger=run_loggers,
             callbacks=[
-                *_restoring(checkpoint, fingerprint, recipe),
+                *_restoring(checkpoint, fingerprint),
                 StopAgreement(),
                 metrics,
                 Progress(metrics),
@@ -101,14 +107,19 @@ def train(folder: RunFolder, resume_from: Path | None = None, callbacks: Sequenc
             trainer.start_at(datamodule.start_step)
         if rank == 0:
             _announce(recipe, plan, n_parameters, datamodule, resume_from)
-        trainer.fit(module, datamodule=datamodule)
+        if checkpoint is not None and datamodule.start_step >= plan.max_steps:
+            _finish(trainer, module, datamodule, checkpoint, folder)
+        else:
+            trainer.fit(module, datamodule=datamodule)
         if trainer.stop_code is not None:
             return trainer.stop_code
+        _say_why_early(trainer)
         if datamodule.has("test") and recipe.trainer.limit_test_batches != 0:
             trainer.test(module, datamodule=datamodule, verbose=False)
     if recipe.debug:
         _check_overfit(recipe, plan, datamodule, trainer)
     if rank == 0 and recipe.trainer.sample_tokens:
+        net.to(trainer.strategy.root_device)  # Lightning has moved it to the CPU
         text = sample_text(net, datamodule.corpus.tokenizer, recipe.trainer.sample_tokens, recipe.seed)
         print(f"--- sample ---\n{text}\n--- end of sample ---", flush=True)
     return ExitCode.DONE
@@ -123,10 +134,10 @@ class _Restore(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         net: Any = pl_module.net
         self.checkpoint.load(net, trainer.optimizers[0], trainer.global_rank)
-        restore_callbacks(trainer, self.checkpoint.state["callbacks"])
+        restore_state(trainer, self.checkpoint.state)
 
 
-def _restoring(checkpoint: CheckpointReader | None, fingerprint: str, recipe: Recipe) -> list[L.Callback]:
+def _restoring(checkpoint: CheckpointReader | None, fingerprint: str) -> list[L.Callback]:
     if checkpoint is None:
         return []
     if checkpoint.state["data"] != fingerprint:
@@ -134,12 +145,35 @@ def _restoring(checkpoint: CheckpointReader | None, fingerprint: str, recipe: Re
             f"{checkpoint.folder}: was trained on other data or another tokenizer (fingerprint {checkpoint.state['data'][:8]}, "
             f"now {fingerprint[:8]}); give the data it was trained on, or start a new run with another name="
         )
-    if checkpoint.state["seed"] != recipe.seed:
-        raise CheckpointError(
-            f"{checkpoint.folder}: was trained with seed={checkpoint.state['seed']}, now seed={recipe.seed}, which is another "
-            f"order of samples; give seed={checkpoint.state['seed']}, or start a new run with another name="
-        )
     return [_Restore(checkpoint)]
+
+
+def _finish(
+    trainer: StepTrainer,
+    module: CausalLanguageModel,
+    datamodule: data.TextDataModule,
+    checkpoint: CheckpointReader,
+    folder: RunFolder,
+) -> None:
+    """What is left of a run whose last step was saved and whose end was cut off: its last validation."""
+    checkpoint.load(module.net, None)
+    rows = runs.read_jsonl(folder.metrics)
+    validated = any(row.get("step") == trainer.global_step and MONITOR in row for row in rows)
+    if not validated and trainer.limit_val_batches:
+        trainer.validate(module, datamodule=datamodule, verbose=False)
+
+
+def _hours_before(checkpoint: CheckpointReader | None, folder: RunFolder) -> float:
+    """GPU-hours of this run's earlier starts; another run's are its own."""
+    if checkpoint is None or checkpoint.folder.resolve().parent != folder.checkpoints.resolve():
+        return 0.0
+    return float(checkpoint.state["gpu_hours"])
+
+
+def _say_why_early(trainer: StepTrainer) -> None:
+    for callback in trainer.callbacks:
+        if isinstance(callback, EarlyStopping) and callback.stopped_epoch and trainer.is_global_zero:
+            print(f"stopped early: {callback.stopping_reason_message}", file=sys.stderr)
 
 
 def _early_stopping(recipe: Recipe) -> list[L.Callback]:
@@ -175,9 +209,8 @@ def _check_overfit(recipe: Recipe, plan: Plan, datamodule: data.TextDataModule, 
 
 
 def _quieten(plan: Plan) -> None:
-    """Threads as planned; of Lightning's and torch's remarks only those a user can act on."""
-    torch.set_num_threads(plan.threads_per_rank)
-    if plan.accelerator == "gpu":
+    """Of Lightning's and torch's remarks only those a user can act on; TF32 where precision is mixed anyway."""
+    if plan.accelerator == "gpu" and plan.precision != "32-true":
         torch.set_float32_matmul_precision("high")
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)

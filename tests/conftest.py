@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+# before torch is imported anywhere: two threads that wait for each other on a busy core are many times slower than one
+os.environ["OMP_NUM_THREADS"] = "1"
+
 from lm_train import runs
 from lm_train.hardware import Machine
 from lm_train.plan import make_plan

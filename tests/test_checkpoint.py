@@ -16,9 +16,11 @@ from torch import nn
 
 from lm_train import checkpoint, runs
 from lm_train.checkpoint import CheckpointReader, random_state, set_random_state
-from lm_train.errors import CheckpointError, ExitCode, OutputError
+from lm_train.errors import CheckpointError, ExitCode, OutputError, UsageError
+from lm_train.hardware import Machine
 from lm_train.optim import build_optimizer
-from lm_train.recipe import load
+from lm_train.plan import Plan, make_plan
+from lm_train.recipe import Recipe, load
 from lm_train.runs import RunFolder, read_jsonl
 from lm_train.train import train
 
@@ -205,12 +207,94 @@ def test_the_newest_and_the_best_are_kept(new_run: NewRun) -> None:
     assert len(kept) in (2, 3)
 
 
-def test_resuming_on_other_data_or_another_seed_is_refused(new_run: NewRun, tmp_path: Path) -> None:
+def test_a_run_cut_off_after_its_last_save_gets_its_last_validation(new_run: NewRun) -> None:
+    run = new_run("trainer.val_check_interval=25")
+    train(run)
+    rows = list(read_jsonl(run.metrics))
+    run.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows[:-1]))
+    (run.checkpoints / "best").unlink()
+    assert train(run, runs.latest_checkpoint(run)) == ExitCode.DONE
+    assert list(read_jsonl(run.metrics)) == [*rows[:-1], pytest.approx(rows[-1], rel=1e-6)]
+    assert json.loads((run.checkpoints / "best").read_text())["step"] == 50
+    before = run.metrics.read_bytes()
+    assert train(run, runs.latest_checkpoint(run)) == ExitCode.DONE
+    assert run.metrics.read_bytes() == before, "nothing was left to do"
+
+
+def test_early_stopping_goes_on_counting_after_a_resume(new_run: NewRun) -> None:
+    words = ("optim={kind: sgd, learning_rate: 2.0, momentum: 0.0}", "trainer.gradient_clip_val=null")
+    words += ("trainer.val_check_interval=2", "trainer.early_stopping_patience=3", "checkpoint.every_n_steps=2")
+    whole, broken = new_run(*words, name="whole"), new_run(*words, name="broken")
+    train(whole)
+    end = max(row["step"] for row in read_jsonl(whole.metrics))
+    assert 8 <= end < 50
+    with pytest.raises(KeyError, match="killed"):
+        train(broken, None, [_Kill(end - 3)])
+    runs.cut_jsonl(broken.metrics, end - 4)
+    train(broken, runs.latest_checkpoint(broken))
+    steps = [[row["step"] for row in read_jsonl(run.metrics)] for run in (whole, broken)]
+    assert steps[0] == steps[1]
+
+
+def test_slurm_variables_of_the_surroundings_change_nothing(new_run: NewRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("JOB_ID", "5"), ("JOB_NAME", "x"), ("NTASKS", "4"), ("PROCID", "3"), ("LOCALID", "3")):
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    assert train(new_run("trainer.max_steps=2")) == ExitCode.DONE
+
+
+def test_resuming_on_other_data_is_refused(new_run: NewRun, tmp_path: Path) -> None:
     train(new_run("trainer.max_steps=2"))
     found = runs.latest_checkpoint(RunFolder(tmp_path / "run"))
     other_text = tmp_path / "other.txt"
     other_text.write_text("something else entirely, and enough of it. " * 300)
     with pytest.raises(CheckpointError, match="other data or another tokenizer"):
         train(new_run("trainer.max_steps=4", f"data.path={other_text}"), found)
-    with pytest.raises(CheckpointError, match="seed=1337, now seed=3"):
-        train(new_run("trainer.max_steps=4", "seed=3"), found)
+
+
+def asked(*words: str) -> tuple[Recipe, Plan]:
+    recipe = load(["recipe=gpt_debug", *words])
+    return recipe, make_plan(recipe, Machine(cpu_cores=2, gpus=()))
+
+
+def test_what_cannot_go_on_is_refused_before_anything_is_written(new_run: NewRun) -> None:
+    run = new_run("trainer.max_steps=2")
+    train(run)
+    found = runs.latest_checkpoint(run)
+    assert found is not None
+    same = load([f"recipe={run.recipe}"])
+    plan = make_plan(same, Machine(cpu_cores=2, gpus=()))
+    assert runs.check_resumable(found, same, plan) == 2
+    for words, said in (
+        (["seed=3"], "trained with seed=1337, now seed=3"),
+        (["optim=sgd"], "holds the state of AdamW, the recipe asks for sgd; give optim.kind=adamw"),
+        (["model.n_layer=3"], "the recipe's has"),
+    ):
+        other = load([f"recipe={run.recipe}", *words])
+        with pytest.raises(CheckpointError, match=said):
+            runs.check_resumable(found, other, make_plan(other, Machine(cpu_cores=2, gpus=())))
+    (found / "state.json").write_text("{")
+    with pytest.raises(CheckpointError, match="missing or damaged"):
+        runs.check_resumable(found, same, plan)
+
+
+def test_where_a_start_goes_on_from(new_run: NewRun, tmp_path: Path) -> None:
+    source, run = new_run("trainer.max_steps=2", name="source"), new_run("trainer.max_steps=2", name="run")
+    train(source)
+
+    def found(resume: str, folder: RunFolder | None) -> Path | None:
+        return runs.checkpoint_to_resume(asked(f"resume={resume}")[0], folder)
+
+    theirs = source.checkpoints / "step-2"
+    assert found("auto", None) is None
+    assert found("auto", run) is None
+    assert found(str(source.root), run) == theirs
+    assert found(str(theirs), None) == theirs
+    train(run)
+    own = run.checkpoints / "step-2"
+    assert found("auto", run) == own
+    assert found(str(source.root), run) == own, "a requeued run goes on from its own progress"
+    assert found(str(own), run) == own
+    with pytest.raises(UsageError, match=r"resume=never: .*run has checkpoints"):
+        found("never", run)
+    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+        found(str(tmp_path), None)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
-import os
-import signal
+import multiprocessing
+import subprocess
+from collections.abc import Iterator
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
@@ -92,15 +94,15 @@ LAYOUTS = [(1, 8, 1), (2, 4, 1), (4, 2, 1), (1, 2, 4), (2, 1, 4), (2, 2, 2), (4,
 def test_every_layout_sees_the_same_global_batches(layout: tuple[int, int, int], tmp_path: Path) -> None:
     file, steps = counting_text(tmp_path / "a.txt"), 12
     reference = prepared(file, plan_of(1, 8, 1, steps)).train_dataloader()
-    wanted = [sorted(samples_of([batch])) for batch in reference]
+    wanted = [samples_of([batch]) for batch in reference]
 
     world, micro, accumulate = layout
     module = prepared(file, plan_of(world, micro, accumulate, steps))
     ranks = [list(loader_of_rank(module, rank)) for rank in range(world)]
     assert {len(batches) for batches in ranks} == {steps * accumulate}
     for step in range(steps):
-        mine = [batch for batches in ranks for batch in batches[step * accumulate : (step + 1) * accumulate]]
-        assert sorted(samples_of(mine)) == wanted[step], f"step {step}"
+        mine = [batches[step * accumulate + m] for m in range(accumulate) for batches in ranks]
+        assert samples_of(mine) == wanted[step], f"step {step}: ranks take turns within each micro batch"
 
 
 def loader_of_rank(module: TextDataModule, rank: int) -> TrainBatches:
@@ -258,20 +260,25 @@ def test_a_workers_error_reads_like_the_ranks_own(tmp_path: Path) -> None:
         list(loader)
 
 
-def test_workers_outlive_a_signal_to_the_whole_job(tmp_path: Path) -> None:
+def one_worker(tmp_path: Path) -> tuple[Iterator[dict[str, torch.Tensor]], BaseProcess]:
+    """A loader's batches after the first of 50, and the process that makes them."""
+    before = set(multiprocessing.active_children())
     batches = iter(prepared(counting_text(tmp_path / "a.txt"), plan_of(workers=1, steps=50)).train_dataloader())
     next(batches)
-    children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children")
-    if not children.exists():
-        pytest.skip("needs Linux' list of child processes")
-    workers = [int(pid) for pid in children.read_text().split() if is_loader_worker(int(pid))]
-    assert workers
-    for pid in workers:
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            os.kill(pid, number)
+    (worker,) = set(multiprocessing.active_children()) - before
+    return batches, worker
+
+
+def test_workers_outlive_a_signal_to_the_whole_job(tmp_path: Path) -> None:
+    batches, worker = one_worker(tmp_path)
+    for number in ("TERM", "INT", "USR1"):  # from another process, as a scheduler does
+        subprocess.run(["kill", f"-{number}", str(worker.pid)], check=True)
     assert len(list(batches)) == 49
 
 
-def is_loader_worker(pid: int) -> bool:
-    """A forked child has its parent's command line; the resource tracker has not."""
-    return Path(f"/proc/{pid}/cmdline").read_bytes() == Path("/proc/self/cmdline").read_bytes()
+def test_a_rank_can_end_its_workers(tmp_path: Path) -> None:
+    batches, worker = one_worker(tmp_path)
+    worker.terminate()
+    worker.join(timeout=10)
+    assert worker.exitcode == 0
+    del batches

@@ -163,9 +163,25 @@ def test_a_second_ctrl_c_ends_at_once(launch) -> None:
     time.sleep(0.5)
     assert command.process.poll() is None
     command.process.send_signal(signal.SIGINT)
-    code, _, _ = command.end(timeout=5)
+    code, _, err = command.end(timeout=5)
     assert code == 130
+    assert "stopped without saving" in err.splitlines()[-1]
     assert command.ranks() == {}
+
+
+@pytest.mark.parametrize("delay", [0.2, 0.6, 1.5])
+def test_a_signal_before_the_first_step_ends_in_order(launch, delay: float) -> None:
+    command = launch("trainer.devices=2", *ENDLESS)
+    while not command.run.plan.exists():
+        time.sleep(0.01)
+    time.sleep(delay)
+    command.process.send_signal(signal.SIGINT)
+    code, _, err = command.end(timeout=30)
+    assert code == 130, err
+    assert "Traceback" not in err
+    assert command.ranks() == {}
+    logs = "".join(log.read_text() for log in command.run.errors.glob("*.log"))
+    assert "Traceback" not in logs
 
 
 def test_a_rank_that_dies_ends_the_run_and_is_named(launch) -> None:

@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
+import torch
+from lightning.pytorch.callbacks import EarlyStopping
 
 from lm_train import checkpoint
 from lm_train.callbacks.metrics import Metrics
+from lm_train.errors import StopRequested
 from lm_train.loop import StepTrainer
 from lm_train.recipe import CheckpointSection
 from lm_train.runs import RunFolder, write_atomically
@@ -37,16 +40,20 @@ class Checkpoints(L.Callback):
         self._saved_step: int | None = None
         self._best = float("inf")
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._saved_step = trainer.global_step or None
         best = _read(self.folder.checkpoints / "best")
         if best and best["step"] <= trainer.global_step:
             self._best = best[MONITOR]
 
     def on_train_batch_end(self, trainer: StepTrainer, pl_module: L.LightningModule, *args: Any) -> None:
-        every = self.section.every_n_steps
-        if every is not None and trainer.step_is_complete and trainer.global_step % every == 0:
+        # a checkpoint knows of the validation at its step, or a run resumed from it would lose that validation
+        if trainer.step_is_complete and self._is_due(trainer) and not trainer.validation_is_due:
             self._save(trainer, pl_module)
+
+    def _is_due(self, trainer: L.Trainer) -> bool:
+        every = self.section.every_n_steps
+        return every is not None and trainer.global_step % every == 0
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         value = trainer.callback_metrics.get(MONITOR)
@@ -61,9 +68,17 @@ class Checkpoints(L.Callback):
                 }
                 write_atomically(self.folder.checkpoints / "best", json.dumps(content) + "\n")
                 self._remove_old()
+        elif self._is_due(trainer):
+            self._save(trainer, pl_module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._save(trainer, pl_module)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        # a stop that came while the loop waited for data: parameters stand as the last step left them; several ranks
+        # cannot save here, since each may be at another place
+        if isinstance(exception, StopRequested) and trainer.world_size == 1 and trainer.global_step > 0:
+            self._save(trainer, pl_module)
 
     def _save(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         step = trainer.global_step
@@ -71,7 +86,7 @@ class Checkpoints(L.Callback):
             return
         self.metrics.pause()
         target = self.folder.checkpoints / f"step-{step}"
-        state = {"step": step, "callbacks": _callback_states(trainer), **self.state()}
+        state = {"step": step, **_state_of(trainer), **self.state()}
         net, optimizer = module.net, trainer.optimizers[0]
         checkpoint.save(target, net, optimizer, state, trainer.global_rank, trainer.world_size)
         if trainer.is_global_zero:
@@ -94,20 +109,23 @@ class Checkpoints(L.Callback):
             shutil.rmtree(torn, ignore_errors=True)
 
 
-def restore_callbacks(trainer: L.Trainer, states: dict[str, Any]) -> None:
-    """Gives Lightning's own callbacks (early stopping) the state they were saved with."""
+def _state_of(trainer: L.Trainer) -> dict[str, Any]:
+    """What Lightning's parts must remember: early stopping's count, fp16's gradient scale."""
+    state: dict[str, Any] = {"precision": trainer.precision_plugin.state_dict()}
     for callback in trainer.callbacks:
-        if callback.state_key in states:
-            callback.load_state_dict(states[callback.state_key])
+        if isinstance(callback, EarlyStopping):
+            state["early_stopping"] = {"wait_count": callback.wait_count, "best_score": float(callback.best_score)}
+    return state
 
 
-def _callback_states(trainer: L.Trainer) -> dict[str, Any]:
-    states = {c.state_key: c.state_dict() for c in trainer.callbacks}
-    return {key: {k: _plain(v) for k, v in state.items()} for key, state in states.items() if state}
-
-
-def _plain(value: Any) -> Any:
-    return value.item() if hasattr(value, "item") else value
+def restore_state(trainer: L.Trainer, state: dict[str, Any]) -> None:
+    """Gives Lightning's parts what `state.json` remembers of them; settings such as patience stay the recipe's."""
+    if state["precision"]:
+        trainer.precision_plugin.load_state_dict(state["precision"])
+    for callback in trainer.callbacks:
+        if isinstance(callback, EarlyStopping) and "early_stopping" in state:
+            callback.wait_count = state["early_stopping"]["wait_count"]
+            callback.best_score = torch.tensor(state["early_stopping"]["best_score"])
 
 
 def _read(file: Path) -> dict[str, Any] | None:

@@ -26,13 +26,16 @@ class Metrics(L.Callback):
         flops_per_token: of the built model.
         every: optimizer steps between two rows.
         gpu_hours: what earlier starts of this run have used.
+        started: when this start began to hold its devices, in `time.time()`'s seconds.
     """
 
-    def __init__(self, plan: Plan, flops_per_token: int, every: int, gpu_hours: float = 0.0) -> None:
+    def __init__(
+        self, plan: Plan, flops_per_token: int, every: int, gpu_hours: float = 0.0, started: float | None = None
+    ) -> None:
         self.plan, self.flops_per_token, self.every = plan, flops_per_token, every
         self.latest: dict[str, float] = {}
         self._hours_before = gpu_hours
-        self._started = time.monotonic()
+        self._started = time.monotonic() - (max(0.0, time.time() - started) if started else 0.0)
         self._paused = 0.0
         self._mark: tuple[float, int, float] | None = None
 
@@ -93,7 +96,9 @@ class Metrics(L.Callback):
         self._log_evaluation(trainer, "test/")
 
     def pause(self) -> None:
-        """Takes the time until `go_on` out of the step time (validation, saving)."""
+        """Takes the time until `go_on` out of the step time (validation, saving); steps still under way belong to it."""
+        if self.plan.accelerator == "gpu":
+            torch.cuda.synchronize()
         self._pause_began = time.perf_counter()
 
     def go_on(self) -> None:

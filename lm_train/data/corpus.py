@@ -42,7 +42,7 @@ _BPE_TRAINING_CHARACTERS = 100_000_000
 """A vocabulary is learnt from the first so many characters of the training split: enough for stable merges."""
 _PATIENCE_S = 180
 """A growing split may stand still so long; `datasets` itself gives up on a silent server after about 100 s."""
-_START_S = 30
+_START_S = 120
 """So long the process that tokenises may take to start."""
 
 
@@ -81,7 +81,7 @@ class TokenFile:
         try:
             info = SplitInfo(**json.loads(self.info_file.read_text(encoding="utf-8")))
             return info if self.file.stat().st_size == info.tokens * self.dtype.itemsize else None
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
 
     def available(self) -> int:
@@ -267,11 +267,14 @@ def _start_producer(section: AnyData, corpus: Corpus) -> None:
     process = multiprocessing.get_context("spawn").Process(
         target=_produce, args=(section, corpus.tokenizer.to_str(), corpus.folder), daemon=True
     )
-    process.start()
+    with signals.blocked():
+        process.start()
 
 
 def _produce(section: AnyData, tokenizer: str, folder: Path) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    for number in (signal.SIGINT, signal.SIGUSR1):  # the parent decides; SIGTERM is how it ends this process
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, signals.HANDLED)
     signals.die_with_parent()
     try:
         source = open_source(section)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -145,7 +148,8 @@ class TimedLoader:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[Batch]:
-        batches = iter(self.loader)
+        with signals.blocked():  # the workers stay so; see _leave_signals_to_the_rank
+            batches = iter(self.loader)
         while True:
             before = time.perf_counter()
             try:
@@ -272,7 +276,19 @@ class TextDataModule(L.LightningDataModule):
 
 
 def _leave_signals_to_the_rank(worker: int) -> None:
-    """A scheduler signals every process of a job; the rank still needs its batches to reach a step boundary."""
-    for number in signals.HANDLED:
-        signal.signal(number, signal.SIG_IGN)
+    """A scheduler signals every process of a job; the rank still needs its batches to reach a step boundary.
+
+    Signals are blocked since the worker's start; SIGTERM still ends it when its own rank sends it, as the loader and
+    multiprocessing do to clean up.
+    """
     signals.forget()
+    if sys.platform == "linux":
+        threading.Thread(target=_end_when_the_rank_asks, daemon=True).start()
+    else:  # cannot tell who sent it
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+
+
+def _end_when_the_rank_asks() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)

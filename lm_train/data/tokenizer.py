@@ -107,7 +107,8 @@ def _from_folder(folder: Path) -> Tokenizer:
         try:
             return _byte_level(vocab, merges)
         except Exception as error:  # tokenizers raises plain Exception
-            raise DataError(f"data.tokenizer: {vocab_file} and {merges_file} do not fit each other: {error}") from None
+            reason = " ".join(str(error).split())[:200]
+            raise DataError(f"data.tokenizer: {vocab_file} and {merges_file} do not fit each other: {reason}") from None
     raise DataError(
         f"data.tokenizer: {folder} has neither tokenizer.json, nor encoder.json and vocab.bpe, nor vocab.json and merges.txt"
     )

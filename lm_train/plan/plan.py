@@ -52,9 +52,6 @@ class Plan(BaseModel):
     def world_size(self) -> int:
         return self.nodes * self.devices
 
-    def write(self, file: Path) -> None:
-        file.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
-
     @classmethod
     def read(cls, file: Path) -> Plan:
         return cls.model_validate_json(file.read_text(encoding="utf-8"))
