@@ -152,7 +152,10 @@ def test_an_unreachable_server_costs_seconds_and_a_line(
     warning = [line for line in capfd.readouterr().err.splitlines() if "W&B" in line]
     assert len(warning) == 1
     assert "wandb sync" in warning[0]
-    assert [row["train/loss"] for row in history(records(run)) if "train/loss" in row] != []
+    logged = [row["step"] for row in read_jsonl(run.metrics) if "train/loss" in row]
+    files = sorted(str(file.relative_to(run.wandb)) for file in run.wandb.rglob("*.wandb"))
+    kept = [row["trainer/global_step"] for row in history(records(run)) if "train/loss" in row]
+    assert kept == logged == [1, 2, 3], files
 
 
 def test_metrics_after_the_checkpoint_are_cut_and_a_torn_line_is_dropped(tmp_path: Path) -> None:
