@@ -68,6 +68,7 @@ def loggers(recipe: Recipe, plan: Plan, folder: RunFolder, rank: int) -> Iterato
             import wandb
 
             wandb.finish(exit_code=int(failed))
+            wandb.teardown()  # on a busy machine finish() returns before the service has written the file
 
 
 def _wandb(recipe: Recipe, plan: Plan, folder: RunFolder) -> WandbLogger:
