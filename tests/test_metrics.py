@@ -76,3 +76,16 @@ def test_without_validation_nothing_is_validated(new_run: NewRun) -> None:
     train(run)
     assert not any("val/loss" in row for row in read_jsonl(run.metrics))
     assert json.loads((run.checkpoints / "latest").read_text())["step"] == 5
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_half_precision_starts_from_the_same_weights_and_learns(new_run: NewRun, precision: str) -> None:
+    words = ("trainer.max_steps=40", "trainer.activation_checkpointing=full", "trainer.cross_entropy_chunks=3")
+    exact, half = new_run(*words, name="exact"), new_run(*words, f"trainer.precision={precision}", name="half")
+    train(exact)
+    train(half)
+    losses = [[row["train/loss"] for row in read_jsonl(run.metrics) if "train/loss" in row] for run in (exact, half)]
+    assert losses[1][0] == pytest.approx(losses[0][0], rel=2e-3), "weights drawn in fp32, rounded after"
+    assert losses[1][-1] == pytest.approx(losses[0][-1], rel=3e-2)
+    assert losses[1] != losses[0]
+    assert losses[1][-1] < losses[1][0] - 1
