@@ -106,7 +106,9 @@ def _train(words: list[str]) -> int:
 
         return dry_run(recipe)
     from lm_train.launch import train
+    from lm_train.output import outlive_readers
 
+    outlive_readers()
     return train(recipe)
 
 

@@ -16,7 +16,7 @@ from types import FrameType
 from typing import Any, NamedTuple
 
 from lm_train import runs, signals
-from lm_train.errors import ExitCode, OutputError
+from lm_train.errors import ExitCode, OutputError, UsageError
 from lm_train.hardware import this_machine
 from lm_train.plan import Plan, make_plan
 from lm_train.recipe import Recipe
@@ -55,6 +55,11 @@ def train(recipe: Recipe) -> int:
         return ExitCode.DONE
     checkpoint = runs.checkpoint_to_resume(recipe, earlier)
     step = runs.check_resumable(checkpoint, recipe, plan) if checkpoint is not None else 0
+    if step > plan.max_steps:
+        raise UsageError(
+            f"trainer.max_steps: {checkpoint} is at step {step} already, trainer.max_steps={plan.max_steps} lies before it; "
+            f"give a larger one, or start a new run with another name="
+        )
     if earlier is not None:
         for difference in runs.recipe_differences(earlier, recipe):
             _say(f"{earlier.root}: the recipe has changed: {difference}")

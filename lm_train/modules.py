@@ -95,6 +95,8 @@ class CausalLanguageModel(L.LightningModule):
 
     def _log_evaluation(self, split: str) -> None:
         """Loss over all targets of all ranks: the global sum over the global count, whatever the batches were."""
+        if getattr(self.trainer, "stop_code", None) is not None:
+            return  # cut off by a stop: a part of the split
         totals = self.trainer.strategy.reduce(self._totals, reduce_op="sum")
         loss = totals[0] / totals[1]
         bytes_per_token = self.trainer.datamodule.bytes_per_token(split)

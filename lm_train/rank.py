@@ -16,12 +16,14 @@ from typing import Any
 
 from lm_train import signals
 from lm_train.errors import ExitCode, LMTrainError, StopRequested
+from lm_train.output import outlive_readers
 from lm_train.runs import RunFolder
 
 
 def main() -> int:
     signals.die_with_parent()
     signals.listen()
+    outlive_readers()
     folder = RunFolder(sys.argv[1])
     checkpoint = Path(sys.argv[2]) if len(sys.argv) > 2 else None
     try:

@@ -176,9 +176,17 @@ def _say_why_early(trainer: StepTrainer) -> None:
             print(f"stopped early: {callback.stopping_reason_message}", file=sys.stderr)
 
 
+class _EarlyStopping(EarlyStopping):
+    """Does not count a validation that a stop has cut off."""
+
+    def on_validation_end(self, trainer: StepTrainer, pl_module: L.LightningModule) -> None:
+        if trainer.stop_code is None:
+            super().on_validation_end(trainer, pl_module)
+
+
 def _early_stopping(recipe: Recipe) -> list[L.Callback]:
     patience = recipe.trainer.early_stopping_patience
-    return [] if patience is None else [EarlyStopping(MONITOR, patience=patience, check_on_train_epoch_end=False)]
+    return [] if patience is None else [_EarlyStopping(MONITOR, patience=patience, check_on_train_epoch_end=False)]
 
 
 def _limit(batches: int | None, there: bool) -> int | float:

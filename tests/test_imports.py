@@ -16,6 +16,7 @@ import lm_train
 ROOMS = (
     "errors",
     "signals",
+    "output",
     "recipe",
     "hardware",
     "plan",

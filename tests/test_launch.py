@@ -184,6 +184,33 @@ def test_a_signal_before_the_first_step_ends_in_order(launch, delay: float) -> N
     assert "Traceback" not in logs
 
 
+def test_a_stop_ends_a_validation_too(launch) -> None:
+    command = launch(*ENDLESS, "trainer.val_check_interval=40", "data.val_fraction=0.9", "data.micro_batch_size=1")
+    command.wait_for_steps()
+    time.sleep(1.5)  # long after step 40 of a few milliseconds each; the validation takes far longer
+    command.process.send_signal(signal.SIGTERM)
+    code, _, err = command.end(timeout=10)
+    assert code == 75, err
+    assert "Traceback" not in err
+    assert json.loads((command.run.checkpoints / "latest").read_text())["step"] == 40
+    assert not any("val/loss" in row for row in read_jsonl(command.run.metrics))
+
+
+def test_a_reader_that_goes_away_does_not_end_the_training(launch) -> None:
+    command = launch("trainer.sample_tokens=20", "trainer.log_every_n_steps=5")
+    command.process.stdout.close()
+    command.process.stderr.close()
+    assert command.process.wait(timeout=60) == 0
+    assert command.run.exit_code.read_text() == "0\n"
+
+
+def test_fewer_steps_than_done_are_refused(launch) -> None:
+    assert launch("trainer.max_steps=6").end()[0] == 0
+    code, _, err = launch("trainer.max_steps=4").end()
+    assert code == 2
+    assert "step-6 is at step 6 already, trainer.max_steps=4 lies before it" in err
+
+
 def test_a_rank_that_dies_ends_the_run_and_is_named(launch) -> None:
     command = launch("trainer.devices=2", *ENDLESS)
     command.wait_for_steps()

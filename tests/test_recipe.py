@@ -14,6 +14,7 @@ from lm_train.errors import UsageError
 from lm_train.recipe import Recipe, dump, load, shipped_recipes
 from lm_train.recipe.files import MAX_BYTES
 from lm_train.recipe.text import parse_scalar, parse_yaml
+from lm_train.recipe.tokenizer_names import known_vocab_size
 
 Write = Callable[..., str]
 
@@ -385,3 +386,9 @@ def test_loading_and_planning_leave_torch_alone(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_vocabulary_with_the_word_model_is_still_counted(tmp_path: Path) -> None:
+    """GPT-2's own encoder.json has it."""
+    (tmp_path / "encoder.json").write_text('{"a": 0, "model": 1, "b": 2}')
+    assert known_vocab_size(str(tmp_path)) == 3

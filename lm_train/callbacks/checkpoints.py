@@ -47,15 +47,19 @@ class Checkpoints(L.Callback):
             self._best = best[MONITOR]
 
     def on_train_batch_end(self, trainer: StepTrainer, pl_module: L.LightningModule, *args: Any) -> None:
-        # a checkpoint knows of the validation at its step, or a run resumed from it would lose that validation
-        if trainer.step_is_complete and self._is_due(trainer) and not trainer.validation_is_due:
+        # a checkpoint knows of the validation at its step, or a run resumed from it would lose that validation; the last
+        # step is saved first, since `train` makes up for a last validation that is missing
+        last = trainer.global_step == trainer.max_steps
+        if trainer.step_is_complete and (last or (self._is_due(trainer) and not trainer.validation_is_due)):
             self._save(trainer, pl_module)
 
     def _is_due(self, trainer: L.Trainer) -> bool:
         every = self.section.every_n_steps
         return every is not None and trainer.global_step % every == 0
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_validation_end(self, trainer: StepTrainer, pl_module: L.LightningModule) -> None:
+        if trainer.stop_code is not None:  # cut off; the end of the training saves
+            return
         value = trainer.callback_metrics.get(MONITOR)
         if value is not None and float(value) < self._best:
             self._best = float(value)

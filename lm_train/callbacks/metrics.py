@@ -88,8 +88,9 @@ class Metrics(L.Callback):
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.pause()
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._log_evaluation(trainer, "val/")
+    def on_validation_end(self, trainer: StepTrainer, pl_module: L.LightningModule) -> None:
+        if trainer.stop_code is None:
+            self._log_evaluation(trainer, "val/")
         self.go_on()
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -57,8 +57,20 @@ class Progress(L.Callback):
             left = (trainer.max_steps - trainer.global_step) * self._shown["perf/step_seconds"]
             self._line(f"step {trainer.global_step}/{trainer.max_steps}  {self._text()}  ETA {_clock(left)}")
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._evaluation(trainer, "val", f"step {trainer.global_step}")
+    def on_validation_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        done, now = args[2] + 1, time.monotonic()
+        if not trainer.is_global_zero or now - self._last_line < (1.0 if self._bar is not None else LINE_EVERY_S):
+            return
+        self._last_line = now
+        total = trainer.num_val_batches[0]
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"validating {done}/{total}")
+        else:
+            self._line(f"step {trainer.global_step}  validating {done}/{total}")
+
+    def on_validation_end(self, trainer: StepTrainer, pl_module: L.LightningModule) -> None:
+        if trainer.stop_code is None:
+            self._evaluation(trainer, "val", f"step {trainer.global_step}")
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._evaluation(trainer, "test", "test split")

@@ -18,11 +18,11 @@ PERIOD_S = 1.0
 
 
 class StopAgreement(L.Callback):
-    """Stops the run at a step boundary once any rank was told to.
+    """Stops the run at a step boundary, or between two batches of a validation, once any rank was told to.
 
-    A reduction (MAX) of two numbers, the exit code asked for and the seconds of a step, starts about once a second and is
-    read at the next boundary, so that it travels while the step computes. The reduced step time also decides, equally on
-    all ranks, at which step the next one starts. A single process just looks at its flag.
+    A reduction (MAX) of two numbers, the exit code asked for and the seconds from boundary to boundary, starts about once a
+    second and is read at the next boundary, so that it travels while the step computes. The reduced time also decides,
+    equally on all ranks, at which boundary the next one starts. A single process just looks at its flag.
     """
 
     def __init__(self, period_s: float = PERIOD_S) -> None:
@@ -30,30 +30,40 @@ class StopAgreement(L.Callback):
         self._group: Any = None
         self._work: Any = None
         self._message = torch.zeros(2)
-        self._next = 0
+        self._count = self._next = 0
         self._since: tuple[float, int] | None = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._work, self._since = None, None
-        self._next = trainer.global_step + 1
+        self._count, self._next = 0, 1
         if trainer.world_size > 1:
             self._group = dist.new_group(backend="gloo")
 
     def on_train_batch_end(self, trainer: StepTrainer, pl_module: L.LightningModule, *args: Any) -> None:
-        if not trainer.step_is_complete:
-            return
+        if trainer.step_is_complete:
+            self._boundary(trainer)
+
+    def on_validation_batch_end(self, trainer: StepTrainer, pl_module: L.LightningModule, *args: Any) -> None:
+        """A stop ends a validation too; what it has seen so far is not a result and is dropped."""
+        if trainer.state.fn == "fit":
+            self._boundary(trainer)
+            if trainer.stop_code is not None:
+                raise StopIteration  # how Lightning's evaluation loop is told that its data have ended
+
+    def _boundary(self, trainer: StepTrainer) -> None:
+        """A place that all ranks pass equally often."""
         if trainer.world_size == 1:
             self._stop(trainer, signals.requested())
             return
-        step = trainer.global_step
+        self._count += 1
         if self._work is not None:
             self._work.wait()
             self._work = None
-            code, step_s = int(self._message[0]), float(self._message[1])
+            code, seconds = int(self._message[0]), float(self._message[1])
             self._stop(trainer, ExitCode(code) if code else None)
-            self._next = step + max(1, round(self.period_s / max(step_s, 1e-6)))
-        elif step >= self._next:
-            self._message = torch.tensor([float(signals.requested() or 0), self._step_seconds(step)])
+            self._next = self._count + max(1, round(self.period_s / max(seconds, 1e-6)))
+        elif self._count >= self._next:
+            self._message = torch.tensor([float(signals.requested() or 0), self._seconds()])
             self._work = dist.all_reduce(self._message, dist.ReduceOp.MAX, group=self._group, async_op=True)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -61,11 +71,11 @@ class StopAgreement(L.Callback):
             self._work.wait()
             self._work = None
 
-    def _step_seconds(self, step: int) -> float:
-        """Mean wall time of the steps since the last question."""
+    def _seconds(self) -> float:
+        """Mean wall time between two boundaries since the last question."""
         now = time.monotonic()
-        before, self._since = self._since, (now, step)
-        return (now - before[0]) / (step - before[1]) if before and step > before[1] else self.period_s
+        before, self._since = self._since, (now, self._count)
+        return (now - before[0]) / (self._count - before[1]) if before else self.period_s
 
     @staticmethod
     def _stop(trainer: StepTrainer, code: ExitCode | None) -> None:

@@ -57,7 +57,7 @@ def _size_of_files(path: Path) -> int | None:
     for file in (path,) if path.is_file() else (path / "tokenizer.json", path / "encoder.json", path / "vocab.json"):
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
-            if "model" in content:
+            if isinstance(content.get("model"), dict):  # a tokenizer.json; "model" is also a word of GPT-2's vocabulary
                 added = [token["id"] for token in content.get("added_tokens", [])]
                 return max([len(content["model"]["vocab"]), *(i + 1 for i in added)])
             if isinstance(content, dict):
