@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import threading
@@ -126,7 +127,13 @@ def silent_server() -> Iterator[str]:
     """Accepts connections and never answers."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         kept = []
-        threading.Thread(target=lambda: [kept.append(server.accept()) for _ in range(20)], daemon=True).start()
+
+        def accept() -> None:
+            with contextlib.suppress(OSError):  # the server's end
+                while True:
+                    kept.append(server.accept())
+
+        threading.Thread(target=accept, daemon=True).start()
         yield f"http://127.0.0.1:{server.getsockname()[1]}"
 
 

@@ -211,7 +211,7 @@ def _split_documents(train: Reader, section: TextData) -> dict[Split, Reader]:
         if not chosen and section.streaming:
             raise DataError(
                 f"{section.path}: its {number} documents are fewer than data.val_tokens={section.val_tokens} and all "
-                "validate; lower data.val_tokens, give data.val_path, or set streaming=false"
+                "validate; lower data.val_tokens, give data.val_path, or set data.streaming=false"
             )
         if not chosen:
             raise DataError(

@@ -10,6 +10,8 @@ GPT2_VOCAB_SIZE = 50257
 """Radford et al. 2019, section 2.2: 256 bytes, 50,000 merges, one end-of-text symbol."""
 TOKENIZER_NAMES = ("bytes", "chars", "gpt2", "bpe:2048")
 """For a suggestion; any `bpe:N` will do."""
+_PLAIN_VOCABULARIES = ("encoder.json", "vocab.json")
+"""Files that map each token to its id, and nothing else: GPT-2's own, and the hub's."""
 _BPE = re.compile(r"bpe:([1-9][0-9]*)")
 
 
@@ -54,14 +56,13 @@ def known_vocab_size(name: str) -> int | None:
 
 
 def _size_of_files(path: Path) -> int | None:
-    for file in (path,) if path.is_file() else (path / "tokenizer.json", path / "encoder.json", path / "vocab.json"):
+    for file in (path,) if path.is_file() else [path / name for name in ("tokenizer.json", *_PLAIN_VOCABULARIES)]:
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
-            if isinstance(content.get("model"), dict):  # a tokenizer.json; "model" is also a word of GPT-2's vocabulary
-                added = [token["id"] for token in content.get("added_tokens", [])]
-                return max([len(content["model"]["vocab"]), *(i + 1 for i in added)])
-            if isinstance(content, dict):
-                return len(content)
+            if file.name in _PLAIN_VOCABULARIES and file != path:  # "model" is also a word of GPT-2's vocabulary
+                return len(content) if isinstance(content, dict) else None
+            added = [token["id"] for token in content.get("added_tokens", [])]
+            return max([len(content["model"]["vocab"]), *(i + 1 for i in added)])
         except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
             continue
     return None
