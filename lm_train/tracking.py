@@ -68,7 +68,7 @@ def loggers(recipe: Recipe, plan: Plan, folder: RunFolder, rank: int) -> Iterato
             import wandb
 
             wandb.finish(exit_code=int(failed))
-            wandb.teardown()  # on a busy machine finish() returns before the service has written the file
+            wandb.teardown()  # waits for the service: without it two offline files were once found incomplete on a busy machine
 
 
 def _wandb(recipe: Recipe, plan: Plan, folder: RunFolder) -> WandbLogger:

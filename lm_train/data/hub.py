@@ -63,8 +63,8 @@ def download(repository: str, file: str) -> Path:
 
     try:
         return Path(huggingface_hub.hf_hub_download(repository, file, local_files_only=True))
-    except Exception:  # not there yet
-        pass
+    except Exception as error:  # not there, or not usable: the hub decides
+        logging.getLogger(__name__).debug("%s of %s is not in the hub's cache: %s", file, repository, error)
     try:
         _reach()
         return Path(huggingface_hub.hf_hub_download(repository, file))
