@@ -166,8 +166,8 @@ def test_activation_checkpointing_recomputes_and_changes_nothing(
 
     net = make(layers=4, dropout=dropout, activation_checkpointing=setting)
     calls = []
-    forward = Block.forward
-    monkeypatch.setattr(Block, "forward", lambda self, x: calls.append(1) or forward(self, x))
+    inner = Block._forward
+    monkeypatch.setattr(Block, "_forward", lambda self, x: calls.append(1) or inner(self, x))
     torch.manual_seed(5)
     checkpointed_loss, checkpointed = loss_and_gradients(net, tokens, targets)
     assert len(calls) == 4 + recomputed
@@ -226,6 +226,19 @@ def test_meta_device_then_initialised_is_the_same_network() -> None:
     net.init_weights()
     for (name, a), b in zip(net.named_parameters(), larger(0).parameters(), strict=True):
         assert torch.equal(a, b), name
+
+
+def test_each_initial_value_by_itself() -> None:
+    torch.manual_seed(0)
+    net = GPT(GPTSection(n_layer=2, n_head=2, n_embd=64, block_size=64), 256, initialise=False)
+    assert all(p.is_meta for p in net.parameters())
+    assert torch.rand(1) == torch.rand(1, generator=torch.Generator().manual_seed(0)), "a number was drawn"
+    whole = larger(0)
+    torch.manual_seed(0)
+    for (name, p), wanted in zip(net.named_parameters(), whole.parameters(), strict=True):
+        value = torch.full(p.shape, math.nan)
+        net.fill(name, value)
+        assert torch.equal(value, wanted), name
 
 
 def test_a_later_token_changes_no_earlier_logit() -> None:
@@ -329,3 +342,13 @@ def test_compiled_equals_eager(options: dict) -> None:
     assert compiled_loss == pytest.approx(loss, rel=1e-5)
     for name, gradient in wanted.items():
         torch.testing.assert_close(compiled[name], gradient, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.slow
+def test_generation_compiles_nothing() -> None:
+    net = make(50, block=8).eval()
+    torch.manual_seed(0)
+    wanted = net.generate(torch.tensor([[1, 2, 3]]), 8)
+    net.compile(backend=lambda *_: pytest.fail("a graph was compiled"))
+    torch.manual_seed(0)
+    assert torch.equal(net.generate(torch.tensor([[1, 2, 3]]), 8), wanted)

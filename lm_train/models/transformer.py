@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,9 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-
-INIT_STD = 0.02
-"""Standard deviation of GPT-2's initial weights (Radford et al. 2019; `initializer_range` of the released model)."""
 
 
 @dataclass(frozen=True)
@@ -56,10 +52,17 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm residual block: x + attention(norm(x)), then x + mlp(norm(x))."""
+    """Pre-norm residual block: x + attention(norm(x)), then x + mlp(norm(x)).
 
-    def __init__(self, config: BlockConfig) -> None:
+    Args:
+        config: sizes.
+        recompute: keep only the input in training and compute the activations again in the backward pass. The block does
+            it by itself, so that whatever wraps it (sharding, `Block.compile`) lies outside of the recomputation.
+    """
+
+    def __init__(self, config: BlockConfig, recompute: bool = False) -> None:
         super().__init__()
+        self.recompute = recompute
         self.attention_norm = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.attention = SelfAttention(config)
         self.mlp_norm = nn.LayerNorm(config.n_embd, bias=config.bias)
@@ -67,6 +70,11 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, T, C) -> (B, T, C)
+        if self.recompute and self.training:
+            return checkpoint(self._forward, x, use_reentrant=False)
+        return self._forward(x)
+
+    def _forward(self, x: Tensor) -> Tensor:  # (B, T, C) -> (B, T, C)
         x = x + self.dropout(self.attention(self.attention_norm(x)))
         return x + self.dropout(self.mlp(self.mlp_norm(x)))
 
@@ -75,41 +83,19 @@ class BlockStack(nn.ModuleList):
     """n_layer blocks, of which none, all, or every n-th recompute their activations in the backward pass."""
 
     def __init__(self, config: BlockConfig, activation_checkpointing: Literal["none", "full"] | int) -> None:
-        super().__init__(Block(config) for _ in range(config.n_layer))
         match activation_checkpointing:
             case "none":
-                self.every = 0
+                every = config.n_layer + 1
             case "full":
-                self.every = 1
-            case every:
-                self.every = every
+                every = 1
+            case n:
+                every = n
+        super().__init__(Block(config, recompute=(i + 1) % every == 0) for i in range(config.n_layer))
 
     def forward(self, x: Tensor) -> Tensor:  # (B, T, C) -> (B, T, C)
-        for i, block in enumerate(self):
-            if self.every and self.training and (i + 1) % self.every == 0:
-                x = checkpoint(block, x, use_reentrant=False)
-            else:
-                x = block(x)
+        for block in self:
+            x = block(x)
         return x
-
-
-def init_weights(module: nn.Module, n_layer: int) -> None:
-    """GPT-2's initialisation: normal(0, 0.02), biases 0, norms 1.
-
-    The two projections into the residual stream of each block are scaled by 1/sqrt(2 n_layer), so that the stream's
-    variance does not grow with depth (Radford et al. 2019, section 2.3).
-    """
-    residual = {
-        id(p) for m in module.modules() if isinstance(m, Block) for p in (m.attention.out.weight, m.mlp.down.weight)
-    }
-    for m in module.modules():
-        if isinstance(m, nn.Linear | nn.Embedding):
-            std = INIT_STD / math.sqrt(2 * n_layer) if id(m.weight) in residual else INIT_STD
-            nn.init.normal_(m.weight, mean=0.0, std=std)
-        elif isinstance(m, nn.LayerNorm):
-            nn.init.ones_(m.weight)
-        if getattr(m, "bias", None) is not None and isinstance(m.bias, Tensor):
-            nn.init.zeros_(m.bias)
 
 
 def chunked_cross_entropy(
