@@ -13,13 +13,14 @@ from lm_train.data.text import IGNORED, Batch
 from lm_train.optim import build_optimizer, learning_rate
 from lm_train.plan import Plan
 from lm_train.recipe import AnyOptim
+from lm_train.strategy import FullySharded, Zero, clip_gradients
 
 
 class CausalLanguageModel(L.LightningModule):
     """Predicts each next token.
 
-    After every optimizer step `step_loss` (mean over the global batch's share of this rank), `grad_norm` (before clipping)
-    stand as tensors on the device, and `step_learning_rate` as a float; nobody has waited for them.
+    After every optimizer step `step_loss` (mean over the global batch's share of this rank) and `grad_norm` (of the global
+    batch, before clipping) stand as tensors on the device, and `step_learning_rate` as a float; nobody has waited for them.
 
     Args:
         net: maps (tokens, targets) to the summed loss.
@@ -29,7 +30,6 @@ class CausalLanguageModel(L.LightningModule):
     """
 
     step_loss: Tensor
-    grad_norm: Tensor
     step_learning_rate: float
 
     def __init__(self, net: nn.Module, optim: AnyOptim, plan: Plan, seed: int) -> None:
@@ -39,6 +39,20 @@ class CausalLanguageModel(L.LightningModule):
         self.plan = plan
         self.seed = seed
         self._totals: Tensor | None = None
+        self._grad_norm: Tensor | None = None
+
+    def configure_model(self) -> None:
+        """Called by Lightning before optimizers exist; a strategy that cuts the network up does it here."""
+        if isinstance(self.trainer.strategy, FullySharded):
+            self.trainer.strategy.shard(self.net)
+
+    @property
+    def grad_norm(self) -> Tensor:
+        """Global 2-norm of the last optimizer step's gradient before clipping, ()."""
+        strategy = self.trainer.strategy
+        norm = strategy.grad_norm if isinstance(strategy, Zero) else self._grad_norm
+        assert norm is not None, "no optimizer step yet"
+        return norm
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         # fp16's gradient scaler cannot clip for an optimizer that unscales inside its kernel
@@ -70,11 +84,12 @@ class CausalLanguageModel(L.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Global 2-norm over all parameters, kept for the log; one pass also when nothing is clipped."""
-        parameters = [p for p in self.net.parameters() if p.grad is not None]
-        self.grad_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        if gradient_clip_val is not None:
-            torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, self.grad_norm)
+        """Global 2-norm over all parameters, kept for the log; one pass also when nothing is clipped.
+
+        DeepSpeed does both by itself.
+        """
+        if not isinstance(self.trainer.strategy, Zero):
+            self._grad_norm = clip_gradients(self.net.parameters(), gradient_clip_val)
 
     def on_validation_epoch_start(self) -> None:
         self._totals = torch.zeros(2, dtype=torch.float64, device=self.device)

@@ -8,25 +8,23 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import lightning.pytorch as L
 import torch
 from lightning.pytorch.callbacks import EarlyStopping
 
 from lm_train import data, models, runs
-from lm_train.callbacks import Checkpoints, DebugChecks, Metrics, Progress, StopAgreement
+from lm_train.callbacks import Checkpoints, DebugChecks, Metrics, Progress, Sample, StopAgreement
 from lm_train.callbacks.checkpoints import MONITOR, restore_state
 from lm_train.callbacks.debugging import overfit_one_batch
-from lm_train.checkpoint import CheckpointReader
+from lm_train.checkpoint import CheckpointReader, set_initial_weights, views_of
 from lm_train.errors import CheckpointError, ExitCode
-from lm_train.generate import sample_text
 from lm_train.loop import StepTrainer
 from lm_train.modules import CausalLanguageModel
 from lm_train.plan import Plan, flops_per_token
 from lm_train.recipe import Recipe, load
 from lm_train.runs import RunFolder
-from lm_train.strategy import LaunchedRank, build_strategy
+from lm_train.strategy import LaunchedRank, build_strategy, casts_initial_weights, compile_network, trainer_precision
 from lm_train.tracking import loggers
 
 
@@ -48,11 +46,14 @@ def train(folder: RunFolder, resume_from: Path | None = None, callbacks: Sequenc
 
     datamodule = data.build(recipe.data, plan, recipe.model.block_size, recipe.seed, folder.tokenizer)
     datamodule.prepare(None if recipe.model.vocab_size == "auto" else recipe.model.vocab_size)
+    done_before = checkpoint is not None and checkpoint.state["step"] >= plan.max_steps
     torch.manual_seed(recipe.seed)
-    net = models.build(recipe.model, plan, datamodule.vocab_size)
+    # FSDP draws the initial weights where the shards are, unless there is nothing left to train
+    initialise = plan.strategy != "fsdp" or done_before
+    net = models.build(recipe.model, plan, datamodule.vocab_size, initialise=initialise)
     module = CausalLanguageModel(net, recipe.optim, plan, recipe.seed)
     if plan.compile:
-        net.compile()
+        compile_network(net, plan)
 
     n_parameters = sum(p.numel() for p in net.parameters())
     metrics = Metrics(
@@ -69,13 +70,14 @@ def train(folder: RunFolder, resume_from: Path | None = None, callbacks: Sequenc
         metrics,
         state=lambda: {"gpu_hours": metrics.gpu_hours, "seed": recipe.seed, "data": fingerprint},
     )
+    sample = Sample(datamodule.corpus.tokenizer, recipe.trainer.sample_tokens, recipe.seed)
     with loggers(recipe, plan, folder, rank) as run_loggers:
         trainer = StepTrainer(
             accelerator=plan.accelerator,
             devices=plan.devices,
-            strategy=build_strategy(plan),
+            strategy=build_strategy(plan, recipe.seed),
             plugins=[LaunchedRank()],
-            precision=plan.precision,
+            precision=trainer_precision(plan),
             max_steps=plan.max_steps,
             accumulate=plan.accumulate_grad_batches,
             gradient_clip_val=recipe.trainer.gradient_clip_val,
@@ -93,11 +95,13 @@ def train(folder: RunFolder, resume_from: Path | None = None, callbacks: Sequenc
             logger=run_loggers,
             callbacks=[
                 *_restoring(checkpoint, fingerprint),
+                *([_ExactStart(recipe.seed)] if checkpoint is None and casts_initial_weights(plan) else []),
                 StopAgreement(),
                 metrics,
                 Progress(metrics),
                 *_early_stopping(recipe),
                 saving,
+                sample,
                 *([DebugChecks()] if recipe.debug else []),
                 *callbacks,
             ],
@@ -107,8 +111,8 @@ def train(folder: RunFolder, resume_from: Path | None = None, callbacks: Sequenc
             trainer.start_at(datamodule.start_step)
         if rank == 0:
             _announce(recipe, plan, n_parameters, datamodule, resume_from)
-        if checkpoint is not None and datamodule.start_step >= plan.max_steps:
-            _finish(trainer, module, datamodule, checkpoint, folder)
+        if checkpoint is not None and done_before:
+            _finish(trainer, module, datamodule, checkpoint, folder, sample)
         else:
             trainer.fit(module, datamodule=datamodule)
         if trainer.stop_code is not None:
@@ -118,10 +122,8 @@ def train(folder: RunFolder, resume_from: Path | None = None, callbacks: Sequenc
             trainer.test(module, datamodule=datamodule, verbose=False)
     if recipe.debug:
         _check_overfit(recipe, plan, datamodule, trainer)
-    if rank == 0 and recipe.trainer.sample_tokens:
-        net.to(trainer.strategy.root_device)  # Lightning has moved it to the CPU
-        text = sample_text(net, datamodule.corpus.tokenizer, recipe.trainer.sample_tokens, recipe.seed)
-        print(f"--- sample ---\n{text}\n--- end of sample ---", flush=True)
+    if rank == 0 and sample.text is not None:
+        print(f"--- sample ---\n{sample.text}\n--- end of sample ---", flush=True)
     return ExitCode.DONE
 
 
@@ -132,9 +134,19 @@ class _Restore(L.Callback):
         self.checkpoint = checkpoint
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        net: Any = pl_module.net
-        self.checkpoint.load(net, trainer.optimizers[0], trainer.global_rank)
+        self.checkpoint.load(views_of(pl_module.net, trainer.optimizers[0], trainer.global_rank, trainer.world_size))
         restore_state(trainer, self.checkpoint.state)
+
+
+class _ExactStart(L.Callback):
+    """Gives the optimizer the fp32 initial weights that a strategy has rounded on its way."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        views = views_of(pl_module.net, trainer.optimizers[0], trainer.global_rank, trainer.world_size)
+        set_initial_weights(views, self.seed)
 
 
 def _restoring(checkpoint: CheckpointReader | None, fingerprint: str) -> list[L.Callback]:
@@ -154,9 +166,11 @@ def _finish(
     datamodule: data.TextDataModule,
     checkpoint: CheckpointReader,
     folder: RunFolder,
+    sample: Sample,
 ) -> None:
     """What is left of a run whose last step was saved and whose end was cut off: its last validation."""
-    checkpoint.load(module.net, None)
+    checkpoint.load(views_of(module.net, None, trainer.global_rank, trainer.world_size))
+    sample.draw(module.net)
     rows = runs.read_jsonl(folder.metrics)
     validated = any(row.get("step") == trainer.global_step and MONITOR in row for row in rows)
     if not validated and trainer.limit_val_batches:
@@ -226,5 +240,9 @@ def _quieten(plan: Plan) -> None:
         ".*does not have many workers.*",
         ".*number of training batches.*smaller than the logging interval.*",
         ".*isinstance.treespec, LeafSpec.*",  # lightning 2.6.6 on torch 2.13
+        ".*`srun` command is available.*",  # not every machine with Slurm means a Slurm job
+        ".*DeepSpeed handles gradient clipping internally.*",
     ):
         warnings.filterwarnings("ignore", message=message, module="lightning.*")
+    # deepspeed 0.19 on torch 2.13
+    warnings.filterwarnings("ignore", message=".*is deprecated. Please use .*_single", module="torch.distributed.*")

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from torch import nn
 
 from lm_train import checkpoint, runs
-from lm_train.checkpoint import CheckpointReader, random_state, set_random_state
+from lm_train.checkpoint import CheckpointReader, format, random_state, set_random_state, views_of
 from lm_train.errors import CheckpointError, ExitCode, OutputError, UsageError
 from lm_train.hardware import Machine
 from lm_train.optim import build_optimizer
@@ -54,13 +54,13 @@ def test_what_is_loaded_goes_on_to_the_bit(tmp_path: Path, kind: str) -> None:
     model = net()
     optimizer = optimizer_of(kind, model)
     steps(model, optimizer, 3, seed=1)
-    checkpoint.save(tmp_path / "step-3", model, optimizer, {"step": 3})
+    checkpoint.save(tmp_path / "step-3", views_of(model, optimizer), {"step": 3})
     expected = steps(model, optimizer, 4, seed=2)
 
     other = net(seed=9)
     other_optimizer = optimizer_of(kind, other)
     reader = CheckpointReader(tmp_path / "step-3")
-    reader.load(other, other_optimizer)
+    reader.load(views_of(other, other_optimizer))
     assert reader.state == {"step": 3}
     assert steps(other, other_optimizer, 4, seed=2) == expected
 
@@ -70,18 +70,18 @@ def test_ranks_each_write_a_part_and_any_range_can_be_read(tmp_path: Path, monke
     model = net()
     optimizer = optimizer_of("adamw", model)
     steps(model, optimizer, 2, seed=1)
-    answers: list[tuple[dict, None]] = []
-    monkeypatch.setattr(checkpoint, "_barrier", lambda world: None)
-    monkeypatch.setattr(checkpoint, "_gather", lambda value, world: [*answers, value])
+    answers: list[tuple[dict, dict, None]] = []
+    monkeypatch.setattr(format, "_barrier", lambda world: None)
+    monkeypatch.setattr(format, "_gather", lambda value, world: [*answers, value])
     target = tmp_path / "step-2"
     (tmp_path / ".step-2.partial").mkdir()
     for rank in (1, 2):
-        checkpoint.save(target, model, optimizer, {"step": 2}, rank, 3)
+        checkpoint.save(target, views_of(model, optimizer, rank, 3), {"step": 2})
         shard = tmp_path / ".step-2.partial" / f"shard-{rank}.safetensors"
-        answers.append(({shard.name: checkpoint._fingerprint(shard)}, None))
-    monkeypatch.setattr(checkpoint.shutil, "rmtree", lambda *args, **kwargs: None)  # rank 0 comes last here
+        answers.append(({shard.name: format._fingerprint(shard)}, {}, None))
+    monkeypatch.setattr(format.shutil, "rmtree", lambda *args, **kwargs: None)  # rank 0 comes last here
     monkeypatch.setattr(Path, "mkdir", lambda *args, **kwargs: None)
-    checkpoint.save(target, model, optimizer, {"step": 2}, 0, 3)
+    checkpoint.save(target, views_of(model, optimizer, 0, 3), {"step": 2})
     reader = CheckpointReader(target)
     weight = model[0].weight.detach().flatten()
     for start, length in ((0, 35), (3, 20), (11, 1), (34, 1)):
@@ -107,7 +107,7 @@ def saved(tmp_path: Path) -> Path:
     model = net()
     optimizer = optimizer_of("adamw", model)
     steps(model, optimizer, 1, seed=1)
-    checkpoint.save(tmp_path / "step-1", model, optimizer, {"step": 1})
+    checkpoint.save(tmp_path / "step-1", views_of(model, optimizer), {"step": 1})
     return tmp_path / "step-1"
 
 
@@ -145,20 +145,20 @@ def test_a_manifest_cannot_name_files_outside(saved: Path) -> None:
 def test_another_model_or_optimizer_is_refused_by_name(saved: Path) -> None:
     other = nn.Sequential(nn.Linear(7, 6), nn.BatchNorm1d(6))
     with pytest.raises(CheckpointError, match=r"0\.bias: saved \(5,\), model \(6,\); 0\.weight: saved \(5, 7\)"):
-        CheckpointReader(saved).load(other, None)
+        CheckpointReader(saved).load(views_of(other, None))
     model = net()
     with pytest.raises(CheckpointError, match="state of AdamW, the recipe asks for SGD"):
-        CheckpointReader(saved).load(model, optimizer_of("sgd", model))
+        CheckpointReader(saved).load(views_of(model, optimizer_of("sgd", model)))
 
 
 def test_a_save_that_fails_leaves_the_older_one_alone(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*args: object, **kwargs: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(format, "save_file", full)
     model = net()
     with pytest.raises(OutputError, match=r"step-2: the disk is full; free space there, or .*runs_dir="):
-        checkpoint.save(saved.with_name("step-2"), model, optimizer_of("sgd", model), {"step": 2})
+        checkpoint.save(saved.with_name("step-2"), views_of(model, optimizer_of("sgd", model)), {"step": 2})
     CheckpointReader(saved)
     assert [p.name for p in saved.parent.iterdir()] == ["step-1"]
 

@@ -91,8 +91,8 @@ class Checkpoints(L.Callback):
         self.metrics.pause()
         target = self.folder.checkpoints / f"step-{step}"
         state = {"step": step, **_state_of(trainer), **self.state()}
-        net, optimizer = module.net, trainer.optimizers[0]
-        checkpoint.save(target, net, optimizer, state, trainer.global_rank, trainer.world_size)
+        views = checkpoint.views_of(module.net, trainer.optimizers[0], trainer.global_rank, trainer.world_size)
+        checkpoint.save(target, views, state)
         if trainer.is_global_zero:
             write_atomically(
                 self.folder.checkpoints / "latest", json.dumps({"checkpoint": target.name, "step": step}) + "\n"

@@ -26,7 +26,7 @@ class Plan(BaseModel):
     nodes: int
     devices: int
     """Ranks on each node: GPUs, or CPU processes."""
-    strategy: Literal["single", "ddp"]
+    strategy: Literal["single", "ddp", "fsdp", "zero1", "zero2", "zero3", "zero3_offload"]
     precision: Literal["32-true", "bf16-mixed", "bf16-true", "16-mixed"]
     global_batch_size: int
     micro_batch_size: int

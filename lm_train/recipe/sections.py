@@ -203,7 +203,7 @@ AnyOptim = Annotated[AdamW | Adam | SGD | Adagrad | RMSprop, Field(discriminator
 
 
 class TrainerSection(Section):
-    strategy: Literal["auto", "single", "ddp"] = "auto"
+    strategy: Literal["auto", "single", "ddp", "fsdp", "zero1", "zero2", "zero3", "zero3_offload"] = "auto"
     precision: Literal["auto", "32-true", "bf16-mixed", "bf16-true", "16-mixed"] = "auto"
     devices: PositiveIntOrAuto = "auto"
     """GPUs, or without a GPU processes, on this machine; `auto`: every GPU, else one process."""

@@ -11,145 +11,100 @@ Each rank writes its part into a hidden folder beside the final one; when all pa
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import errno
 import hashlib
 import json
 import os
-import random
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
+from lm_train.checkpoint.randomness import random_state, set_random_state
+from lm_train.checkpoint.views import BUFFER, PARAM, View, Views, persistent_buffers
 from lm_train.errors import CheckpointError, OutputError
 
 FORMAT = 1
-PARAM, BUFFER = "param", "buffer"
 
 
-class View(NamedTuple):
-    """What this rank holds of one tensor, as a live flat view."""
-
-    name: str
-    key: str
-    start: int
-    flat: Tensor
-    shape: tuple[int, ...]
-
-
-def _slice_of(tensor: Tensor, rank: int, world: int) -> tuple[int, Tensor]:
-    flat = tensor.detach().reshape(-1)
-    start, end = rank * flat.numel() // world, (rank + 1) * flat.numel() // world
-    return start, flat[start:end]
-
-
-def replicated_views(net: nn.Module, optimizer: torch.optim.Optimizer, rank: int, world: int) -> Iterator[View]:
-    """Views under single and ddp, where every rank holds everything: rank r answers for the r-th part of each tensor."""
-    for name, parameter in net.named_parameters():
-        tensors = {PARAM: parameter.data} | {
-            key: value
-            for key, value in optimizer.state.get(parameter, {}).items()
-            if isinstance(value, Tensor) and value.shape == parameter.shape
-        }
-        for key, tensor in tensors.items():
-            yield View(name, key, *_slice_of(tensor, rank, world), tuple(parameter.shape))
-    for name, buffer in _persistent_buffers(net):
-        yield View(name, BUFFER, *_slice_of(buffer, rank, world), tuple(buffer.shape))
-
-
-def _persistent_buffers(net: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    saved = net.state_dict().keys()
-    return ((name, buffer) for name, buffer in net.named_buffers() if name in saved)
-
-
-def save(
-    folder: Path,
-    net: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    state: dict[str, Any],
-    rank: int = 0,
-    world: int = 1,
-) -> None:
+def save(folder: Path, views: Views, state: dict[str, Any]) -> None:
     """Writes `folder`; every rank calls it at the same step boundary.
 
     Args:
         folder: final name, such as checkpoints/step-100. An existing one is replaced.
-        net: whose parameters and buffers are saved.
-        optimizer: whose state is saved.
+        views: of the network and the optimizer that are saved.
         state: JSON values; must hold `step`.
-        rank: of this process.
-        world: number of processes.
 
     Raises:
         OutputError: if it cannot be written; an older checkpoint is untouched.
     """
     partial = folder.with_name(f".{folder.name}.partial")
-    shard = partial / f"shard-{rank}.safetensors"
-    views = list(replicated_views(net, optimizer, rank, world))
+    shard = partial / f"shard-{views.rank}.safetensors"
+    own = list(views.to_save())
     try:
-        if rank == 0:
+        if views.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
-        _barrier(world)
+        _barrier(views.world)
         with _no_space_is_an_error(folder):
-            tensors = {f"{v.name}|{v.key}|{v.start}": v.flat.contiguous() for v in views if v.flat.numel()}
+            tensors = {f"{v.name}|{v.key}|{v.start}": v.flat.contiguous() for v in own if v.flat.numel()}
             save_file(tensors, shard, metadata={"rng": json.dumps(random_state())})
             _sync(shard)
-        own = {shard.name: _fingerprint(shard)}
+        files = {shard.name: _fingerprint(shard)}
         fault = None
     except OutputError as error:
-        own, fault = {}, str(error)
-    answers = _gather((own, fault), world)
-    faults = [text for _, text in answers if text]
+        files, fault = {}, str(error)
+    held = _held(own)
+    answers = _gather((files, held, fault), views.world)
+    faults = [text for _, _, text in answers if text]
     if faults:
-        if rank == 0:
+        if views.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
         raise OutputError(faults[0])
-    if rank == 0:
+    if views.rank == 0:
         with _no_space_is_an_error(folder):
-            files = {name: entry for shards, _ in answers for name, entry in shards.items()}
             _write_json(partial / "state.json", state)
+            files = {name: entry for shards, _, _ in answers for name, entry in shards.items()}
             files["state.json"] = _fingerprint(partial / "state.json")
-            _write_json(partial / "manifest.json", _manifest(views, net, optimizer, files, world))
+            manifest = {
+                "format": FORMAT,
+                "world_size": views.world,
+                "optimizer": type(views.optimizer).__name__,
+                "optimizer_step": views.optimizer_step(),
+                "tensors": _merged([tensors for _, tensors, _ in answers]),
+                "files": files,
+            }
+            _write_json(partial / "manifest.json", manifest)
             _sync(partial)
             if folder.exists():
                 shutil.rmtree(folder)
             partial.rename(folder)
             _sync(folder.parent)
-    _barrier(world)
+    _barrier(views.world)
 
 
-def _manifest(
-    views: list[View], net: nn.Module, optimizer: torch.optim.Optimizer, files: dict[str, Any], world: int
-) -> dict[str, Any]:
+def _held(views: list[View]) -> dict[str, Any]:
+    """Shape, and type by key, of each tensor that a rank holds a part of."""
     tensors: dict[str, Any] = {}
     for view in views:
         entry = tensors.setdefault(view.name, {"shape": list(view.shape), "keys": {}})
         entry["keys"][view.key] = str(view.flat.dtype).removeprefix("torch.")
-    return {
-        "format": FORMAT,
-        "world_size": world,
-        "optimizer": type(optimizer).__name__,
-        "optimizer_step": _optimizer_step(optimizer),
-        "tensors": tensors,
-        "files": files,
-    }
+    return tensors
 
 
-def _optimizer_step(optimizer: torch.optim.Optimizer) -> int | None:
-    """The step that drives bias correction, the same for every parameter; None for optimizers without one."""
-    steps = {int(state["step"]) for state in optimizer.state.values() if "step" in state}
-    assert len(steps) <= 1, f"parameters at different steps: {steps}"
-    return steps.pop() if steps else None
+def _merged(ranks: list[dict[str, Any]]) -> dict[str, Any]:
+    merged: dict[str, Any] = {}
+    for tensors in ranks:
+        for name, entry in tensors.items():
+            merged.setdefault(name, {"shape": entry["shape"], "keys": {}})["keys"].update(entry["keys"])
+    return merged
 
 
 class CheckpointReader:
@@ -221,73 +176,38 @@ class CheckpointReader:
             raise CheckpointError(f"{self.folder}: {name} {key} has no elements from {reached} on")
         return torch.cat(pieces) if pieces else torch.empty(0)
 
-    def load(self, net: nn.Module, optimizer: torch.optim.Optimizer | None, rank: int = 0) -> None:
-        """Puts the saved values into a network, and into its optimizer unless that is None (under single and ddp).
+    def load(self, views: Views) -> None:
+        """Puts the saved values into a network, and into its optimizer where the views have one.
 
         Raises:
             CheckpointError: if model or optimizer are of another shape or kind.
         """
-        self._check_shapes(net)
-        if optimizer is not None and type(optimizer).__name__ != self.manifest["optimizer"]:
-            raise CheckpointError(
-                f"{self.folder}: holds the state of {self.manifest['optimizer']}, the recipe asks for "
-                f"{type(optimizer).__name__}; keep optim.kind, or start a new run"
-            )
-        for name, parameter in net.named_parameters():
-            shape, numel = parameter.shape, parameter.numel()
-            with torch.no_grad():
-                parameter.copy_(self.read(name, PARAM, 0, numel).view(shape))
-            if optimizer is None or not parameter.requires_grad:
-                continue
-            for key in self.manifest["tensors"][name]["keys"]:
-                if key != PARAM:
-                    value = self.read(name, key, 0, numel).view(shape)
-                    optimizer.state[parameter][key] = value.to(parameter.device)
-            if self.manifest["optimizer_step"] is not None:
-                fused = bool(optimizer.param_groups[0].get("fused"))
-                device = parameter.device if fused else torch.device("cpu")
-                optimizer.state[parameter]["step"] = torch.tensor(float(self.manifest["optimizer_step"]), device=device)
-        for name, buffer in _persistent_buffers(net):
-            buffer.copy_(self.read(name, BUFFER, 0, buffer.numel()).view(buffer.shape))
-        if rank < len(self.random_states):
-            set_random_state(self.random_states[rank])
+        self._check_shapes(views)
+        if views.optimizer is not None:
+            if type(views.optimizer).__name__ != self.manifest["optimizer"]:
+                raise CheckpointError(
+                    f"{self.folder}: holds the state of {self.manifest['optimizer']}, the recipe asks for "
+                    f"{type(views.optimizer).__name__}; keep optim.kind, or start a new run"
+                )
+            keys = {name: set(entry["keys"]) - {PARAM, BUFFER} for name, entry in self.manifest["tensors"].items()}
+            views.make_states(keys, self.manifest["optimizer_step"])
+        with torch.no_grad():
+            for view in views.to_load():
+                view.flat.copy_(self.read(view.name, view.key, view.start, view.flat.numel()))
+            for name, buffer in persistent_buffers(views.net):
+                buffer.copy_(self.read(name, BUFFER, 0, buffer.numel()).view(buffer.shape))
+            views.loaded()
+        if views.rank < len(self.random_states):
+            set_random_state(self.random_states[views.rank])
 
-    def _check_shapes(self, net: nn.Module) -> None:
+    def _check_shapes(self, views: Views) -> None:
         saved = {name: tuple(entry["shape"]) for name, entry in self.manifest["tensors"].items()}
-        wanted = {name: tuple(p.shape) for name, p in [*net.named_parameters(), *_persistent_buffers(net)]}
+        wanted = views.shapes() | {name: tuple(b.shape) for name, b in persistent_buffers(views.net)}
         different = [name for name in sorted(saved.keys() | wanted.keys()) if saved.get(name) != wanted.get(name)]
         if different:
             lines = [f"{n}: saved {saved.get(n, 'absent')}, model {wanted.get(n, 'absent')}" for n in different[:5]]
             more = f" (and {len(different) - 5} more)" if len(different) > 5 else ""
             raise CheckpointError(f"{self.folder}: of another model: {'; '.join(lines)}{more}")
-
-
-def random_state() -> dict[str, Any]:
-    """The states of Python's, NumPy's and torch's generators as JSON values."""
-    version, words, gauss = random.getstate()
-    _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
-    state: dict[str, Any] = {
-        "python": [version, list(words), gauss],
-        "numpy": [np.asarray(keys).tolist(), int(position), int(has_gauss), float(cached)],
-        "torch": base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode(),
-    }
-    if torch.cuda.is_available():
-        state["cuda"] = base64.b64encode(torch.cuda.get_rng_state().numpy().tobytes()).decode()
-    return state
-
-
-def set_random_state(state: dict[str, Any]) -> None:
-    version, words, gauss = state["python"]
-    random.setstate((version, tuple(words), gauss))
-    keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), position, has_gauss, cached))
-    torch.set_rng_state(_bytes_tensor(state["torch"]))
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(_bytes_tensor(state["cuda"]))
-
-
-def _bytes_tensor(text: str) -> Tensor:
-    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
 
 
 def _fingerprint(file: Path) -> dict[str, Any]:

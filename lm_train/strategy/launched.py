@@ -1,4 +1,4 @@
-"""From the Plan to Lightning's strategy and precision, and how a rank learns who it is."""
+"""How a rank learns who it is."""
 
 from __future__ import annotations
 
@@ -6,9 +6,6 @@ import os
 from datetime import timedelta
 
 from lightning.fabric.plugins.environments import ClusterEnvironment
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
-
-from lm_train.plan import Plan
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 """A rank that waits longer for the others gives up; above the longest pause a rank may take (a checkpoint, a compile)."""
@@ -53,16 +50,3 @@ class LaunchedRank(ClusterEnvironment):
 
     def node_rank(self) -> int:
         return int(os.environ.get("NODE_RANK", 0))
-
-
-def build_strategy(plan: Plan) -> Strategy:
-    """The Lightning strategy that the plan names."""
-    match plan.strategy:
-        case "single":
-            return SingleDeviceStrategy("cuda:0" if plan.accelerator == "gpu" else "cpu")
-        case "ddp":
-            return DDPStrategy(
-                process_group_backend="nccl" if plan.accelerator == "gpu" else "gloo",
-                timeout=COLLECTIVE_TIMEOUT,
-                gradient_as_bucket_view=True,  # gradients live in the buckets: one copy of them less
-            )

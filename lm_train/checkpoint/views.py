@@ -1,0 +1,245 @@
+"""What a rank holds of a training's tensors, as live flat views: the one place that knows each strategy's layout.
+
+Under every strategy a rank's piece of a parameter, and of each optimizer state of it, is one contiguous range of the
+flattened tensor, so that one file format serves all. The names of DeepSpeed's attributes are those of 0.19.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from lm_train.strategy.fsdp import local_range
+
+PARAM, BUFFER = "param", "buffer"
+NO_STATE: Mapping[str, set[str]] = {}
+
+
+class View(NamedTuple):
+    """What this rank holds of one tensor, as a live flat view."""
+
+    name: str
+    key: str
+    start: int
+    flat: Tensor
+    shape: tuple[int, ...]
+
+
+class Views(ABC):
+    """A network and its optimizer, as one rank holds them.
+
+    Args:
+        net: whose parameters and buffers are meant; names and shapes are those of the unsharded network.
+        optimizer: torch's own, whose state is meant; None leaves it out.
+        rank: of this process.
+        world: number of processes.
+    """
+
+    def __init__(self, net: nn.Module, optimizer: Optimizer | None, rank: int = 0, world: int = 1) -> None:
+        self.net, self.optimizer, self.rank, self.world = net, optimizer, rank, world
+
+    def to_save(self) -> Iterator[View]:
+        """The ranges that this rank answers for; over all ranks they cover every tensor once."""
+        yield from self.to_load()
+        for name, buffer in persistent_buffers(self.net):
+            yield View(name, BUFFER, *slice_of(buffer, self.rank, self.world), tuple(buffer.shape))
+
+    @abstractmethod
+    def to_load(self) -> Iterator[View]:
+        """The ranges of parameters and their states that this rank must be given; writing to them changes the training."""
+
+    @abstractmethod
+    def states(self) -> Iterator[tuple[dict[str, Any], Tensor, list[str]]]:
+        """The optimizer's state dictionaries, each with the tensor it belongs to and the parameters that share it."""
+
+    @abstractmethod
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name and full shape of every parameter."""
+
+    def make_states(self, keys: Mapping[str, set[str]], step: int | None) -> None:
+        """Gives a fresh optimizer empty states of the given keys by parameter, as if it had made `step` steps."""
+        fused = self.optimizer is not None and bool(self.optimizer.param_groups[0].get("fused"))
+        for state, tensor, names in self.states():
+            wanted = set().union(*(keys.get(name, set()) for name in names))
+            for key in wanted:
+                state[key] = torch.zeros_like(tensor)
+            if wanted and step is not None and (self.optimizer is None or counts_steps(self.optimizer, wanted)):
+                device = tensor.device if fused else torch.device("cpu")
+                state["step"] = torch.tensor(float(step), device=device)
+
+    def loaded(self) -> None:  # noqa: B027  # most strategies have nothing to do
+        """Must follow writing to the views: whatever is derived from them is made anew."""
+
+    def optimizer_step(self) -> int | None:
+        """The step that drives bias correction, the same for every parameter; None for optimizers without one."""
+        steps = {int(state["step"]) for state, _, _ in self.states() if "step" in state}
+        assert len(steps) <= 1, f"parameters at different steps: {steps}"
+        return steps.pop() if steps else None
+
+
+def counts_steps(optimizer: Optimizer, keys: set[str]) -> bool:
+    """Whether the optimizer keeps a step beside these states; Muon's momentum has none."""
+    return keys != {"momentum_buffer"}
+
+
+class Replicated(Views):
+    """single and ddp: every rank holds everything, and answers for the rank-th part of each tensor when saving."""
+
+    def to_save(self) -> Iterator[View]:
+        for view in super().to_save():
+            if view.key == BUFFER:
+                yield view
+            else:
+                yield View(view.name, view.key, *slice_of(view.flat, self.rank, self.world), view.shape)
+
+    def to_load(self) -> Iterator[View]:
+        for name, parameter in self.net.named_parameters():
+            tensors = {PARAM: parameter.detach()}
+            if self.optimizer is not None:
+                tensors |= _elementwise(self.optimizer.state.get(parameter, {}), parameter)
+            for key, tensor in tensors.items():
+                yield View(name, key, 0, tensor.view(-1), tuple(parameter.shape))
+
+    def states(self) -> Iterator[tuple[dict[str, Any], Tensor, list[str]]]:
+        if self.optimizer is not None:
+            for name, parameter in self.net.named_parameters():
+                if parameter.requires_grad:
+                    yield self.optimizer.state[parameter], parameter, [name]
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(parameter.shape) for name, parameter in self.net.named_parameters()}
+
+
+class Sharded(Replicated):
+    """FSDP2: parameters and states are DTensors, split by rows."""
+
+    to_save = Views.to_save
+
+    def to_load(self) -> Iterator[View]:
+        for name, parameter in self.net.named_parameters():
+            tensors: dict[str, Tensor] = {PARAM: parameter}
+            if self.optimizer is not None:
+                tensors |= _elementwise(self.optimizer.state.get(parameter, {}), parameter)
+            for key, tensor in tensors.items():
+                assert isinstance(tensor, DTensor)
+                yield View(name, key, *local_range(tensor), tuple(parameter.shape))
+
+
+class _Zero(Views):
+    """What both forms of DeepSpeed's optimizer share. A parameter lies in a flat fp32 tensor with others of its group."""
+
+    def __init__(self, net: nn.Module, engine_optimizer: Any, rank: int, world: int) -> None:
+        super().__init__(net, engine_optimizer.optimizer, rank, world)
+        self.zero = engine_optimizer
+        self.names = {id(parameter): name for name, parameter in net.named_parameters()}
+
+    @abstractmethod
+    def _places(self) -> Iterator[tuple[nn.Parameter, Tensor, int, int, int]]:
+        """Parameter, its flat fp32 tensor, offset and length there, and start in the flattened parameter."""
+
+    def to_load(self) -> Iterator[View]:
+        assert self.optimizer is not None
+        for parameter, flat, offset, length, start in self._places():
+            tensors = {PARAM: flat.detach()} | _elementwise(self.optimizer.state.get(flat, {}), flat)
+            for key, tensor in tensors.items():
+                yield View(self.names[id(parameter)], key, start, tensor.narrow(0, offset, length), shape_of(parameter))
+
+    def states(self) -> Iterator[tuple[dict[str, Any], Tensor, list[str]]]:
+        assert self.optimizer is not None
+        groups: dict[int, tuple[Tensor, list[str]]] = {}
+        for parameter, flat, *_ in self._places():
+            groups.setdefault(id(flat), (flat, []))[1].append(self.names[id(parameter)])
+        for flat, names in groups.values():
+            yield self.optimizer.state[flat], flat, names
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: shape_of(parameter) for name, parameter in self.net.named_parameters()}
+
+
+class ZeroOneTwo(_Zero):
+    """ZeRO 1 and 2: each rank updates one fp32 partition of all parameters of a group, laid end to end."""
+
+    def _places(self) -> Iterator[tuple[nn.Parameter, Tensor, int, int, int]]:
+        for group, flat in zip(self.zero.bit16_groups, self.zero.single_partition_of_fp32_groups, strict=True):
+            for parameter in group:
+                here = parameter._hp_mapping  # None if no part of it lies on this rank
+                if here is not None:
+                    place = here.hp_fragment_address
+                    yield parameter, flat, place.start, place.numel, here.lp_fragment_address.start
+
+    def loaded(self) -> None:
+        self.zero.update_lp_params()
+
+
+class ZeroThree(_Zero):
+    """ZeRO 3: each parameter is cut into one part a rank, all of one length; the last may be padded."""
+
+    def _places(self) -> Iterator[tuple[nn.Parameter, Tensor, int, int, int]]:
+        for parameter in self.net.parameters():
+            group, offset, part = self.zero.grad_position[self.zero.get_param_id(parameter)]
+            start = self.rank * part
+            length = min(part, parameter.ds_numel - start)  # type: ignore[attr-defined]
+            if length > 0:
+                yield parameter, self.zero.fp32_partitioned_groups_flat[group], offset, length, start
+
+    def loaded(self) -> None:
+        for group in range(len(self.zero.fp16_groups)):
+            self.zero._reassign_or_swap_out_partitioned_parameters(group)
+        # small parameters stay gathered between steps: they are gathered anew, as DeepSpeed does after its own step
+        if self.zero.persistent_parameters:
+            self.zero.persistent_parameters[0].all_gather(self.zero.persistent_parameters)
+
+
+def views_of(net: nn.Module, optimizer: Any, rank: int = 0, world: int = 1) -> Views:
+    """The views that fit how `net` and `optimizer` are laid out now.
+
+    Args:
+        net: the network, sharded or not.
+        optimizer: torch's, Lightning's or DeepSpeed's; None where only parameters and buffers count.
+        rank: of this process.
+        world: number of processes.
+    """
+    if isinstance(optimizer, LightningOptimizer):
+        optimizer = optimizer.optimizer
+    if hasattr(optimizer, "single_partition_of_fp32_groups"):
+        return ZeroOneTwo(net, optimizer, rank, world)
+    if hasattr(optimizer, "fp32_partitioned_groups_flat"):
+        return ZeroThree(net, optimizer, rank, world)
+    kind = Sharded if any(isinstance(parameter, DTensor) for parameter in net.parameters()) else Replicated
+    return kind(net, optimizer, rank, world)
+
+
+def persistent_buffers(net: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    saved = {name for module_name, module in net.named_modules() for name in _saved_buffers(module_name, module)}
+    return ((name, buffer) for name, buffer in net.named_buffers() if name in saved)
+
+
+def _saved_buffers(prefix: str, module: nn.Module) -> Iterator[str]:
+    for name in module._buffers.keys() - module._non_persistent_buffers_set:
+        yield f"{prefix}.{name}" if prefix else name
+
+
+def slice_of(tensor: Tensor, rank: int, world: int) -> tuple[int, Tensor]:
+    """Where the rank-th of `world` parts of the flattened tensor starts, and the part."""
+    flat = tensor.detach().reshape(-1)
+    start, end = rank * flat.numel() // world, (rank + 1) * flat.numel() // world
+    return start, flat[start:end]
+
+
+def shape_of(parameter: nn.Parameter) -> tuple[int, ...]:
+    """The full shape, also of a parameter that ZeRO 3 has cut up."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def _elementwise(state: Mapping[str, Any], like: Tensor) -> dict[str, Tensor]:
+    """Of an optimizer's state what has one value for each element."""
+    return {
+        key: value.detach() for key, value in state.items() if isinstance(value, Tensor) and value.shape == like.shape
+    }

@@ -1,0 +1,79 @@
+"""From the Plan to Lightning's strategy and precision, and how a rank learns who it is."""
+
+from __future__ import annotations
+
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
+from torch import nn
+
+from lm_train.models.transformer import Block
+from lm_train.plan import Plan
+from lm_train.strategy.fsdp import FullySharded
+from lm_train.strategy.gradients import clip_gradients
+from lm_train.strategy.launched import COLLECTIVE_TIMEOUT, LaunchedRank
+from lm_train.strategy.zero import Zero
+
+
+def build_strategy(plan: Plan, seed: int) -> Strategy:
+    """The Lightning strategy that the plan names.
+
+    Args:
+        plan: names strategy, precision and accelerator.
+        seed: of the initial weights, which sharded strategies draw where the shards are.
+    """
+    match plan.strategy:
+        case "single":
+            return SingleDeviceStrategy("cuda:0" if plan.accelerator == "gpu" else "cpu")
+        case "ddp":
+            return DDPStrategy(
+                process_group_backend="nccl" if plan.accelerator == "gpu" else "gloo",
+                timeout=COLLECTIVE_TIMEOUT,
+                gradient_as_bucket_view=True,  # gradients live in the buckets: one copy of them less
+            )
+        case "fsdp":
+            return FullySharded(plan, seed)
+        case "zero1" | "zero2" | "zero3" | "zero3_offload":
+            return Zero(plan)
+
+
+def trainer_precision(plan: Plan) -> str | None:
+    """What Lightning is told; None where the strategy brings its own, and fp32 where FSDP2 itself casts."""
+    match plan.strategy:
+        case "zero1" | "zero2" | "zero3" | "zero3_offload":
+            return None
+        case "fsdp" if plan.precision == "bf16-mixed":
+            return "32-true"
+    return plan.precision
+
+
+def is_sharded(strategy: Strategy) -> bool:
+    """Whether no rank alone holds all parameters, so that a forward pass is a matter of all of them."""
+    return isinstance(strategy, FullySharded) or (isinstance(strategy, Zero) and strategy.zero_stage_3)
+
+
+def casts_initial_weights(plan: Plan) -> bool:
+    """Whether the strategy rounds the initial weights to 16 bits although its optimizer keeps them in fp32."""
+    return plan.strategy.startswith("zero") and plan.precision != "32-true"
+
+
+def compile_network(net: nn.Module, plan: Plan) -> None:
+    """torch.compile, in place; block by block where hooks between the blocks gather parameters."""
+    if plan.strategy in ("single", "ddp"):
+        net.compile()
+        return
+    for module in net.modules():
+        if isinstance(module, Block):
+            module.compile()
+
+
+__all__ = [
+    "COLLECTIVE_TIMEOUT",
+    "FullySharded",
+    "LaunchedRank",
+    "Zero",
+    "build_strategy",
+    "casts_initial_weights",
+    "clip_gradients",
+    "compile_network",
+    "is_sharded",
+    "trainer_precision",
+]

@@ -1,0 +1,76 @@
+"""DeepSpeed's ZeRO stages (Rajbhandari et al. 2020, arXiv:1910.02054) under Lightning, on GPUs and on the CPU.
+
+What is done otherwise than in Lightning 2.6 and DeepSpeed 0.19, and why:
+  * Lightning and DeepSpeed both divide the loss by the accumulated micro batches; here Lightning alone does.
+  * ZeRO-3 replaces `torch.nn.functional.linear` for the whole process (`memory_efficient_linear`); here it does not.
+  * On a CPU DeepSpeed compiles an operation for collectives in shared memory, which serves inference only: it is left
+    out, so that no compiler is needed.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.seed import reset_seed
+from lightning.pytorch.plugins.precision import DeepSpeedPrecision
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
+from torch import Tensor
+
+from lm_train.plan import Plan
+from lm_train.strategy.launched import COLLECTIVE_TIMEOUT
+
+
+class _Precision(DeepSpeedPrecision):
+    def backward(self, tensor: Tensor, model: Any, optimizer: Any, *args: Any, **kwargs: Any) -> None:
+        model.trainer.model.backward(tensor, *args, scale_wrt_gas=False, **kwargs)
+
+
+class Zero(DeepSpeedStrategy):
+    """ZeRO: optimizer state (1), gradients too (2), parameters too (3) are divided among the ranks.
+
+    `zero3_offload` keeps parameters and optimizer state in host memory between their uses and updates there.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self.on_cpu = plan.accelerator == "cpu"
+        if self.on_cpu:
+            os.environ["DS_ACCELERATOR"] = "cpu"  # read when deepspeed is first imported, below
+        offload = plan.strategy == "zero3_offload"
+        super().__init__(
+            stage=int(plan.strategy.removeprefix("zero")[0]),
+            offload_optimizer=offload,
+            offload_parameters=offload,
+            process_group_backend="gloo" if self.on_cpu else "nccl",
+            timeout=COLLECTIVE_TIMEOUT,
+            precision_plugin=_Precision(plan.precision),
+            logging_batch_size_per_gpu=plan.micro_batch_size,
+        )
+        config: Any = self.config
+        config["zero_optimization"]["memory_efficient_linear"] = False
+        config["zero_force_ds_cpu_optimizer"] = False  # torch's own, whose state every strategy can read
+
+    def setup_environment(self) -> None:
+        DDPStrategy.setup_environment(self)  # without Lightning's demand for CUDA
+
+    def setup_distributed(self) -> None:
+        if not self.on_cpu:
+            super().setup_distributed()
+            return
+        # by its full name: the attribute `torch` of deepspeed.comm is torch itself
+        importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
+        reset_seed()
+        self.set_world_ranks()
+        self._init_deepspeed_distributed()
+
+    @property
+    def root_device(self) -> torch.device:
+        return torch.device("cpu", 0) if self.on_cpu else super().root_device
+
+    @property
+    def grad_norm(self) -> Tensor:
+        """Norm of the last step's gradient, before clipping."""
+        norm = self.deepspeed_engine.get_global_grad_norm()
+        return torch.as_tensor(norm, dtype=torch.float32, device=self.root_device)
