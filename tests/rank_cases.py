@@ -13,6 +13,7 @@ import lightning.pytorch as L
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile
 
 from lm_train import signals
@@ -118,6 +119,53 @@ def count_with_broadcast(folder: str, first: int, last: int) -> dict[str, Any]:
     signals.forget()
     train(RunFolder(folder), None, [counter, _Broadcasts()])
     return counter.counts
+
+
+class _StateBytes(L.Callback):
+    """Bytes of the tensors that this rank really holds, between a backward pass and its update, and after it."""
+
+    def __init__(self) -> None:
+        self.bytes: dict[str, int] = {}
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
+        zero = trainer.optimizers[0] if hasattr(trainer.optimizers[0], "zero_grad") else None
+        gradients: list[torch.Tensor] = [p.grad for p in pl_module.net.parameters() if p.grad is not None]
+        if hasattr(zero, "averaged_gradients"):
+            gradients += [g for group in zero.averaged_gradients.values() for g in group or []]
+        if hasattr(zero, "grad_partitions_flat_buffer"):
+            gradients.append(zero.grad_partitions_flat_buffer)
+        self.bytes["gradients"] = max(_storage_bytes(gradients), self.bytes.get("gradients", 0))
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        optimizer = trainer.optimizers[0]
+        parameters = [t for p in pl_module.net.parameters() for t in (p.data, getattr(p, "ds_tensor", None)) if t is not None]
+        states: list[torch.Tensor] = []
+        for flats in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat"):
+            states += getattr(optimizer, flats, [])
+        inner = getattr(optimizer, "optimizer", optimizer)
+        inner = getattr(inner, "optimizer", inner)
+        for state in inner.state.values():
+            states += [t for t in state.values() if isinstance(t, torch.Tensor) and t.dim() > 0]
+        self.bytes["parameters"] = _storage_bytes(parameters)
+        self.bytes["optimizer"] = _storage_bytes(states, besides=parameters)
+
+
+def _storage_bytes(tensors: list[torch.Tensor], besides: list[torch.Tensor] = []) -> int:  # noqa: B006
+    """Bytes of the storages behind the tensors, each counted once."""
+
+    def storages(of: list[torch.Tensor]) -> dict[int, int]:
+        local = [t.to_local() if isinstance(t, DTensor) else t for t in of]
+        return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in local if t.numel()}
+
+    counted = storages(tensors)
+    return sum(size for place, size in counted.items() if place not in storages(besides))
+
+
+def state_bytes(folder: str) -> dict[str, int]:
+    measured = _StateBytes()
+    signals.forget()
+    train(RunFolder(folder), None, [measured])
+    return measured.bytes
 
 
 def count_bare(steps: int, accumulate: int) -> dict[str, Any]:

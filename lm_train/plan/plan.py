@@ -8,6 +8,9 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+Strategy = Literal["single", "ddp", "fsdp", "zero1", "zero2", "zero3", "zero3_offload"]
+Precision = Literal["32-true", "bf16-mixed", "bf16-true", "16-mixed"]
+
 VOCAB_MULTIPLE = 64
 """Rows of the embedding are padded to this: matrix products run faster on even sizes (A. Karpathy, build-nanogpt)."""
 
@@ -26,8 +29,8 @@ class Plan(BaseModel):
     nodes: int
     devices: int
     """Ranks on each node: GPUs, or CPU processes."""
-    strategy: Literal["single", "ddp", "fsdp", "zero1", "zero2", "zero3", "zero3_offload"]
-    precision: Literal["32-true", "bf16-mixed", "bf16-true", "16-mixed"]
+    strategy: Strategy
+    precision: Precision
     global_batch_size: int
     micro_batch_size: int
     accumulate_grad_batches: int
