@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import os
-from datetime import timedelta
 
 from lightning.fabric.plugins.environments import ClusterEnvironment
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 
 from lm_train.plan import Plan
-
-COLLECTIVE_TIMEOUT = timedelta(minutes=10)
-"""A rank that waits longer for the others gives up; above the longest pause a rank may take (a checkpoint, a compile)."""
+from lm_train.rendezvous import COLLECTIVE_TIMEOUT
 
 
 class LaunchedRank(ClusterEnvironment):

@@ -222,8 +222,11 @@ data.val_fraction=0.1 -> did you mean data=text, which has val_fraction?
 data=text data.pth=input.txt -> data.pth: no such key; did you mean data.path?
 data=text data.kind=embedded -> data and data.kind: given twice; keep one
 optim.momentum=0.9 -> did you mean optim=sgd, which has momentum?
-optim=lion -> optim.kind: expected adamw, adam, sgd, adagrad, rmsprop; got 'lion'
-optim=lion optim.momentum=0.9 -> optim.kind: expected adamw, adam, sgd, adagrad, rmsprop; got 'lion'
+optim=lion -> optim.kind: expected adamw, adam, sgd, adagrad, rmsprop, muon; got 'lion'
+optim=moun -> did you mean optim=muon?
+optim.ns_steps=6 -> did you mean optim=muon, which has ns_steps?
+optim=muon optim.ns_steps=100 -> optim.ns_steps: expected an integer of at least 1 and below 100; got 100
+optim=lion optim.momentum=0.9 -> optim.kind: expected adamw, adam, sgd, adagrad, rmsprop, muon; got 'lion'
 model=bert -> model.kind: expected gpt, llama; got 'bert'
 model=lama -> model.kind: expected gpt, llama; got 'lama'; did you mean model=llama?
 model.n_kv_head=2 -> model.n_kv_head: no such key; did you mean model=llama, which has n_kv_head?
