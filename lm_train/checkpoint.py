@@ -239,12 +239,13 @@ class CheckpointReader:
                 parameter.copy_(self.read(name, PARAM, 0, numel).view(shape))
             if optimizer is None or not parameter.requires_grad:
                 continue
-            for key in self.manifest["tensors"][name]["keys"]:
-                if key != PARAM:
-                    value = self.read(name, key, 0, numel).view(shape)
-                    optimizer.state[parameter][key] = value.to(parameter.device)
-            if self.manifest["optimizer_step"] is not None:
-                fused = bool(optimizer.param_groups[0].get("fused"))
+            keys = self.manifest["tensors"][name]["keys"].keys() - {PARAM}
+            for key in keys:
+                value = self.read(name, key, 0, numel).view(shape)
+                optimizer.state[parameter][key] = value.to(parameter.device)
+            # a momentum alone (Muon's part of its optimizer) has no bias to correct
+            if self.manifest["optimizer_step"] is not None and keys != {"momentum_buffer"}:
+                fused = any(group.get("fused") for group in optimizer.param_groups)
                 device = parameter.device if fused else torch.device("cpu")
                 optimizer.state[parameter]["step"] = torch.tensor(float(self.manifest["optimizer_step"]), device=device)
         for name, buffer in _persistent_buffers(net):

@@ -326,7 +326,7 @@ def test_all_problems_at_once_each_with_its_line(write: Write) -> None:
         "seed: expected an integer of at least 0; got 'x' (mine.yaml:1)",
         "model.n_layer: expected an integer of at least 1; got 0 (mine.yaml:4)",
         "model.n_heads: no such key; did you mean model.n_head? (mine.yaml:5)",
-        "optim.kind: expected adamw, adam, sgd, adagrad, rmsprop; got 'adamx'; did you mean optim=adam? (mine.yaml:8)",
+        "optim.kind: expected adamw, adam, sgd, adagrad, rmsprop, muon; got 'adamx'; did you mean optim=adam? (mine.yaml:8)",
         "trainer.max_steps: expected an integer of at least 1; got 'many'",
         "tracking.wandb: expected auto, online, offline, disabled; got 'off'; did you mean disabled?",
         "modle: no such key; did you mean model? (mine.yaml:2)",

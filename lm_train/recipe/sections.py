@@ -241,7 +241,24 @@ class RMSprop(OptimSection):
     eps: Eps = 1e-8
 
 
-AnyOptim = Annotated[AdamW | Adam | SGD | Adagrad | RMSprop, Field(discriminator="kind")]
+class Muon(OptimSection):
+    """Muon for the matrices of the blocks (Jordan et al. 2024, kellerjordan.github.io/posts/muon), AdamW for the rest.
+
+    Muon's updates are as large as AdamW's (Liu et al. 2025, arXiv:2502.16982): learning rate and weight decay serve both.
+    """
+
+    kind: Literal["muon"] = "muon"
+    momentum: Beta = 0.95
+    nesterov: bool = True
+    ns_steps: Annotated[int, Field(ge=1, lt=100)] = 5
+    """Newton-Schulz steps that bring an update's singular values near 1."""
+    beta1: Beta = 0.9
+    """Of AdamW's part, as beta2 and eps."""
+    beta2: Beta = 0.95
+    eps: Eps = 1e-8
+
+
+AnyOptim = Annotated[AdamW | Adam | SGD | Adagrad | RMSprop | Muon, Field(discriminator="kind")]
 
 
 class TrainerSection(Section):
