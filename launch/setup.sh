@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Makes .venv and installs lm_train into it, once. Safe when many processes start at the same time: one installs under a
-# lock, the others wait. With "dev" also the tools of the tests. Says what it does on standard error.
+# lock, the others wait. With "dev" also the tools of the tests. "check" installs nothing and says by its exit code whether
+# all is there. Says what it does on standard error.
 set -euo pipefail
 
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
@@ -8,7 +9,8 @@ venv=$root/.venv
 extra=${1:-}
 case $extra in
   "" | dev) ;;
-  *) echo "usage: launch/setup.sh [dev]" >&2; exit 2 ;;
+  check) extra= ;;
+  *) echo "usage: launch/setup.sh [dev|check]" >&2; exit 2 ;;
 esac
 
 # The mark holds the checksums of what was installed from: another version of these files installs again.
@@ -19,6 +21,7 @@ ready() {
 }
 
 ready && exit 0
+if [ "${1:-}" = check ]; then exit 1; fi
 
 say() { echo "setup: $*" >&2; }
 

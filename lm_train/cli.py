@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()  # a reader that has gone shows here, not at the interpreter's exit
         return code
     except UsageError as error:
-        for problem in error.problems:
+        for problem in error.problems if _speaks(words) else ():
             print(f"lm-train: {_one_line(problem)}", file=sys.stderr)
         return error.exit_code
     except LMTrainError as error:
@@ -62,6 +62,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             print(f"lm-train: {type(error).__name__}: {error} (our bug; debug=true shows where)", file=sys.stderr)
         return ExitCode.BUG
+
+
+def _speaks(words: list[str]) -> bool:
+    """Whether a wrong command is this process's to report: all tasks of a Slurm step find the same in it."""
+    from lm_train.slurm import speaks
+
+    return words[:1] != ["train"] or speaks()
 
 
 def _one_line(text: str) -> str:

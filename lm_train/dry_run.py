@@ -5,14 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from lm_train import models
 from lm_train.errors import ExitCode
 from lm_train.hardware import this_machine
 from lm_train.modules import parameter_table
+from lm_train.optim import hidden_matrices
 from lm_train.plan import make_plan
 from lm_train.recipe import Recipe
-from lm_train.runs import DEBUG_SUFFIX
+from lm_train.runs import DEBUG_SUFFIX, run_name
+from lm_train.slurm import current_allocation
 
 UNKNOWN_VOCABULARY = 256
 """Assumed for the count where only the corpus can tell (characters)."""
@@ -24,7 +27,10 @@ def dry_run(recipe: Recipe) -> int:
     Raises:
         UsageError: as `train` would.
     """
-    plan = make_plan(recipe, this_machine())
+    allocation = current_allocation()
+    plan = make_plan(recipe, this_machine(), allocation)
+    if allocation is not None and not allocation.is_primary:
+        return ExitCode.DONE
     with torch.device("meta"):
         net = models.build(recipe.model, plan, plan.vocab_size or UNKNOWN_VOCABULARY)
     print(f"recipe {recipe.recipe}\nplan\n{plan.table()}\nparameters")
@@ -34,26 +40,29 @@ def dry_run(recipe: Recipe) -> int:
     assumed = "" if plan.vocab_size else f"  (with {UNKNOWN_VOCABULARY} characters; the corpus decides)"
     print(f"  {'total':<20} {total:>15,}{assumed}")
     title = f"{recipe.recipe}{DEBUG_SUFFIX if recipe.debug else ''}-N"
-    run = Path(recipe.runs_dir) / (recipe.name or title)
+    run = Path(recipe.runs_dir) / (run_name(recipe, allocation) or title)
     every = recipe.checkpoint.every_n_steps
     when = "at the end" if every is None else f"every {every} steps and at the end"
     print(
         f"would write\n  {run}/recipe.yaml, plan.json, metrics.jsonl, tokenizer.json\n"
-        f"  {run}/checkpoints/step-N {when}, about {_checkpoint_bytes(recipe, total) / 1e6:,.1f} MB each"
+        f"  {run}/checkpoints/step-N {when}, about {_checkpoint_bytes(recipe, net) / 1e6:,.1f} MB each"
     )
     return ExitCode.DONE
 
 
-def _checkpoint_bytes(recipe: Recipe, n_parameters: int) -> int:
-    """fp32 parameters and the optimizer's state of the same size."""
+def _checkpoint_bytes(recipe: Recipe, net: nn.Module) -> int:
+    """Parameters, and the optimizer's state of the same shapes and precision."""
+    n_parameters = sum(p.numel() for p in net.parameters())
     match recipe.optim.kind:
         case "adam" | "adamw":
-            states = 2
+            states = 2 * n_parameters
         case "sgd":
-            states = int(recipe.optim.momentum > 0)
+            states = n_parameters * int(recipe.optim.momentum > 0)
         case "adagrad":
-            states = 1
+            states = n_parameters
         case "rmsprop":
-            states = 1 + int(recipe.optim.momentum > 0)
+            states = n_parameters * (1 + int(recipe.optim.momentum > 0))
+        case "muon":
+            states = 2 * n_parameters - sum(p.numel() for p in hidden_matrices(net))
     size = 2 if recipe.trainer.precision == "bf16-true" else 4
-    return n_parameters * size * (1 + states)
+    return size * (n_parameters + states)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
+from lm_train.models.transformer import Block
 from lm_train.recipe import AnyOptim
+from lm_train.recipe.sections import Muon as MuonSection
 
 
 def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:
@@ -46,6 +48,67 @@ def build_optimizer(section: AnyOptim, module: nn.Module, fused: bool) -> torch.
             return torch.optim.Adagrad(groups, rate, eps=section.eps)
         case "rmsprop":
             return torch.optim.RMSprop(groups, rate, section.alpha, section.eps, momentum=section.momentum)
+        case "muon":
+            return Muon(section, module, fused)
+
+
+def hidden_matrices(module: nn.Module) -> list[nn.Parameter]:
+    """The trained matrices inside transformer blocks: what Muon is made for."""
+    blocks = (m for m in module.modules() if isinstance(m, Block))
+    return [p for block in blocks for p in block.parameters() if p.dim() == 2 and p.requires_grad]
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon for the matrices of the blocks, AdamW for embeddings, head, norms and biases, as one optimizer.
+
+    Jordan et al. 2024 (kellerjordan.github.io/posts/muon): the momentum's singular values are all brought to about 1 by
+    Newton-Schulz steps. Updates have 0.2 sqrt(larger side) times that size, the root mean square of AdamW's, so that one
+    learning rate and one weight decay serve both parts (Liu et al. 2025, arXiv:2502.16982, section 2.2).
+
+    Args:
+        section: the recipe's optim section.
+        module: what is trained; each matrix is needed whole, so parameters must not be sharded.
+        fused: one kernel for AdamW's update.
+    """
+
+    def __init__(self, section: MuonSection, module: nn.Module, fused: bool) -> None:
+        hidden = hidden_matrices(module)
+        own = set(map(id, hidden))
+        others = ((name, p) for name, p in module.named_parameters() if id(p) not in own)
+        rate = section.learning_rate
+        groups = parameter_groups(others, section.weight_decay)
+        self._parts: list[torch.optim.Optimizer] = []
+        if groups:
+            self._parts.append(
+                torch.optim.AdamW(groups, rate, (section.beta1, section.beta2), section.eps, fused=fused)
+            )
+        if hidden:
+            self._parts.append(
+                torch.optim.Muon(
+                    hidden,
+                    rate,
+                    section.weight_decay,
+                    section.momentum,
+                    section.nesterov,
+                    ns_steps=section.ns_steps,
+                    adjust_lr_fn="match_rms_adamw",
+                )
+            )
+        super().__init__([group for part in self._parts for group in part.param_groups], {})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        first = 0
+        for part in self._parts:  # both work on this optimizer's own groups and state, wherever these came from
+            last = first + len(part.param_groups)
+            part.param_groups, part.state = self.param_groups[first:last], self.state
+            part.step()
+            first = last
+        return loss
 
 
 def learning_rate(section: AnyOptim, step: int, max_steps: int) -> float:

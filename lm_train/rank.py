@@ -17,7 +17,7 @@ from typing import Any
 from lm_train import signals
 from lm_train.errors import ExitCode, LMTrainError, StopRequested
 from lm_train.output import outlive_readers
-from lm_train.runs import RunFolder
+from lm_train.runs import RunFolder, write_atomically
 
 
 def main() -> int:
@@ -64,8 +64,8 @@ def _report(folder: RunFolder, message: str, code: int) -> None:
         "traceback": traceback.format_exc(),
     }
     try:
-        (folder.errors / f"rank-{rank}.json").write_text(json.dumps(content), encoding="utf-8")
         (folder.errors / f"rank-{rank}.traceback").write_text(content["traceback"], encoding="utf-8")
+        write_atomically(folder.errors / f"rank-{rank}.json", json.dumps(content))
     except OSError:  # a full disk is often the very error
         print(f"lm-train: rank {rank}: {message}", file=sys.stderr)
 

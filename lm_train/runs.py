@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
 import shutil
+import socket
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,8 +17,11 @@ from lm_train.errors import CheckpointError, ExitCode, OutputError, UsageError
 from lm_train.plan import Plan
 from lm_train.recipe import Recipe, dump
 from lm_train.recipe.text import parse_yaml
+from lm_train.slurm import Allocation
 
 DEBUG_SUFFIX = "-debug"
+LEAVING_S = 120.0
+"""How long a requeued job waits for its earlier start to let go; a file server may hold a dead node's lock for 90 s."""
 
 
 class RunFolder:
@@ -43,47 +49,132 @@ class RunFolder:
         except (OSError, ValueError):
             return None
 
-    def write_outcome(self, code: int) -> None:
-        """Writes `exit_code` unless another supervisor of the same job has already told of a failure."""
+    def write_outcome(self, code: int) -> bool:
+        """Writes `exit_code` unless another supervisor of the same start has; returns whether this one did."""
         try:
             with self.exit_code.open("x") as file:
                 file.write(f"{code}\n")
         except FileExistsError:
-            pass
+            return False
         except OSError as error:
             raise OutputError(f"{self.exit_code}: {error.strerror}") from None
+        return True
 
 
-def existing(recipe: Recipe) -> RunFolder | None:
-    """The run that `name=` means, if it is there already."""
-    folder = RunFolder(Path(recipe.runs_dir) / recipe.name) if recipe.name else None
+class Owner:
+    """The claim of one supervisor on a run folder: a lock that the kernel frees when the process ends, however it ends.
+
+    On several nodes the first one's supervisor holds it for all. The text of the file is for people only.
+    """
+
+    def __init__(self, folder: RunFolder, allocation: Allocation | None) -> None:
+        """Takes the folder.
+
+        An earlier start of the same Slurm job, which is being ended for its requeue, is waited for.
+
+        Raises:
+            OutputError: if another supervisor has it.
+        """
+        file = folder.root / ".owner"
+        job = None if allocation is None else allocation.job_id
+        try:
+            self._file = file.open("a+", encoding="utf-8")
+        except OSError as error:
+            raise OutputError(
+                f"cannot write {file}: {error.strerror}; choose another place with runs_dir=DIR"
+            ) from None
+        deadline = time.monotonic() + LEAVING_S
+        while not self._locked():
+            self._file.seek(0)
+            holder = self._file.read().strip()
+            if job is None or f"Slurm job {job}," not in holder or time.monotonic() > deadline:
+                self._file.close()
+                raise OutputError(
+                    f"{folder.root} is at work already ({holder or 'owner unknown'}); wait for it, or take another name="
+                )
+            time.sleep(0.2)
+        who = f"process {os.getpid()} on {socket.gethostname()}"
+        self._file.truncate(0)
+        self._file.write(who if job is None else f"Slurm job {job}, {who}")
+        self._file.flush()
+
+    def _locked(self) -> bool:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError:  # a file system without locks: better unguarded than not at all
+            return True
+        return True
+
+    def __enter__(self) -> Owner:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._file.close()
+
+
+def existing(recipe: Recipe, allocation: Allocation | None = None) -> RunFolder | None:
+    """The run that the recipe's name, or without one the Slurm job, means, if it is there already."""
+    name = run_name(recipe, allocation)
+    folder = RunFolder(Path(recipe.runs_dir) / name) if name else None
     return folder if folder is not None and folder.recipe.exists() else None
 
 
-def create(recipe: Recipe, plan: Plan) -> RunFolder:
-    """Makes the run's folder, or takes the existing one of that name, and writes the resolved recipe and the plan.
+def run_name(recipe: Recipe, allocation: Allocation | None) -> str | None:
+    """The run's name, the same after a requeue; None where the next free number will be taken."""
+    if recipe.name or allocation is None:
+        return recipe.name
+    return f"{_safe_title(recipe)}-{allocation.run_suffix}"
 
-    Without `name=` the folder is the recipe's name and the next free number; two starts at once get two numbers.
+
+def make_folder(recipe: Recipe, allocation: Allocation | None = None) -> RunFolder:
+    """Makes the run's folder, or takes the existing one of that name.
+
+    Without a name the folder is the recipe's name and the next free number; two starts at once get two numbers.
 
     Raises:
-        OutputError: if the folder cannot be made or written to.
+        OutputError: if it cannot be made.
     """
     runs = Path(recipe.runs_dir)
+    name = run_name(recipe, allocation)
     try:
         runs.mkdir(parents=True, exist_ok=True)
-        folder = RunFolder(runs / recipe.name if recipe.name else _next_free(runs, _safe_title(recipe)))
+        folder = RunFolder(runs / name if name else _next_free(runs, _safe_title(recipe)))
         folder.root.mkdir(exist_ok=True)
+    except OSError as error:
+        raise _cannot_write(error, runs) from None
+    return folder
+
+
+def begin(folder: RunFolder, recipe: Recipe, plan: Plan) -> None:
+    """Clears what the last start left about its end, and writes the resolved recipe and the plan.
+
+    Raises:
+        OutputError: if the folder cannot be written to.
+    """
+    try:
         shutil.rmtree(folder.errors, ignore_errors=True)
-        folder.errors.mkdir()
+        folder.errors.mkdir(exist_ok=True)
         folder.checkpoints.mkdir(exist_ok=True)
         folder.exit_code.unlink(missing_ok=True)
         write_atomically(folder.recipe, dump(recipe))
         write_atomically(folder.plan, plan.model_dump_json(indent=2) + "\n")
     except OSError as error:
-        raise OutputError(
-            f"cannot write {error.filename or runs}: {error.strerror}; choose another place with runs_dir=DIR"
-        ) from None
+        raise _cannot_write(error, folder.root) from None
+
+
+def create(recipe: Recipe, plan: Plan) -> RunFolder:
+    """A folder ready for its ranks, for programs that train without a supervisor."""
+    folder = make_folder(recipe)
+    begin(folder, recipe, plan)
     return folder
+
+
+def _cannot_write(error: OSError, place: Path) -> OutputError:
+    return OutputError(
+        f"cannot write {error.filename or place}: {error.strerror}; choose another place with runs_dir=DIR"
+    )
 
 
 def _safe_title(recipe: Recipe) -> str:

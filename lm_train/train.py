@@ -23,6 +23,7 @@ from lm_train.loop import StepTrainer
 from lm_train.modules import CausalLanguageModel
 from lm_train.plan import Plan, flops_per_token
 from lm_train.recipe import Recipe, load
+from lm_train.rendezvous import meet
 from lm_train.runs import RunFolder
 from lm_train.strategy import LaunchedRank, build_strategy, casts_initial_weights, compile_network, trainer_precision
 from lm_train.tracking import loggers
@@ -42,6 +43,7 @@ def train(folder: RunFolder, resume_from: Path | None = None, callbacks: Sequenc
     recipe, plan = load([f"recipe={folder.recipe.resolve()}"]), Plan.read(folder.plan)
     rank = int(os.environ.get("RANK", 0))
     _quieten(plan)
+    meet(plan)
     checkpoint = CheckpointReader(resume_from) if resume_from else None
 
     datamodule = data.build(recipe.data, plan, recipe.model.block_size, recipe.seed, folder.tokenizer)
@@ -74,7 +76,8 @@ def train(folder: RunFolder, resume_from: Path | None = None, callbacks: Sequenc
     with loggers(recipe, plan, folder, rank) as run_loggers:
         trainer = StepTrainer(
             accelerator=plan.accelerator,
-            devices=plan.devices,
+            devices=int(os.environ.get("LOCAL_WORLD_SIZE", plan.devices)),  # the GPUs that this process sees
+            num_nodes=plan.nodes,
             strategy=build_strategy(plan, recipe.seed),
             plugins=[LaunchedRank()],
             precision=trainer_precision(plan),
@@ -238,9 +241,9 @@ def _quieten(plan: Plan) -> None:
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
     for message in (
         ".*does not have many workers.*",
+        ".*srun. command is available on your system but is not used.*",  # a run outside of Slurm is as good
         ".*number of training batches.*smaller than the logging interval.*",
         ".*isinstance.treespec, LeafSpec.*",  # lightning 2.6.6 on torch 2.13
-        ".*`srun` command is available.*",  # not every machine with Slurm means a Slurm job
         ".*DeepSpeed handles gradient clipping internally.*",
     ):
         warnings.filterwarnings("ignore", message=message, module="lightning.*")

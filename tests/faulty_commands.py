@@ -222,9 +222,19 @@ data.val_fraction=0.1 -> did you mean data=text, which has val_fraction?
 data=text data.pth=input.txt -> data.pth: no such key; did you mean data.path?
 data=text data.kind=embedded -> data and data.kind: given twice; keep one
 optim.momentum=0.9 -> did you mean optim=sgd, which has momentum?
-optim=lion -> optim.kind: expected adamw, adam, sgd, adagrad, rmsprop; got 'lion'
-optim=lion optim.momentum=0.9 -> optim.kind: expected adamw, adam, sgd, adagrad, rmsprop; got 'lion'
-model=bert -> model.kind: expected gpt; got 'bert'
+optim=lion -> optim.kind: expected adamw, adam, sgd, adagrad, rmsprop, muon; got 'lion'
+optim=moun -> did you mean optim=muon?
+optim.ns_steps=6 -> did you mean optim=muon, which has ns_steps?
+optim=muon optim.ns_steps=100 -> optim.ns_steps: expected an integer of at least 1 and below 100; got 100
+optim=lion optim.momentum=0.9 -> optim.kind: expected adamw, adam, sgd, adagrad, rmsprop, muon; got 'lion'
+model=bert -> model.kind: expected gpt, llama; got 'bert'
+model=lama -> model.kind: expected gpt, llama; got 'lama'; did you mean model=llama?
+model.n_kv_head=2 -> model.n_kv_head: no such key; did you mean model=llama, which has n_kv_head?
+model.num_key_value_heads=2 -> did you mean model=llama, which has n_kv_head?
+model=llama model.num_key_value_heads=2 -> did you mean model.n_kv_head?
+model=llama model.bias=true -> model.bias: no such key; did you mean model=gpt, which has bias?
+model=llama model.n_head=4 model.n_kv_head=3 -> model.n_head=4 is not a multiple of model.n_kv_head=3; try model.n_kv_head=2
+model=llama model.n_embd=36 model.n_head=4 -> model.n_embd=36 is not a multiple of 2 x model.n_head=4; try model.n_embd=32
 trainer=ddp -> trainer: it has no kinds; write trainer.KEY=VALUE or trainer={key: value}; got 'ddp'
 trainer= -> trainer: it has no kinds
 trainer=null -> got null
@@ -243,7 +253,7 @@ nonsense -> 'nonsense': expected key=value
 .=5 -> .: no such key; a recipe has seed, name
 a.b.c.d=5 -> a.b.c.d: no such key
 frobnicate=5 -> frobnicate: no such key; a recipe has seed, name, runs_dir
-model.frobnicate=5 -> model.frobnicate: no such key; model has kind, n_layer
+model.frobnicate=5 -> model.frobnicate: no such key; model has n_layer, n_head
 seed.x=5 -> seed.x: no such key; did you mean seed?
 base=gpt_small -> base: it belongs into a file
 wandb_api_key=x -> secrets come from the environment (WANDB_API_KEY, HF_TOKEN)
@@ -296,8 +306,6 @@ tracking.tags=[a,[b]] -> tracking.tags: expected a list such as [a, b]; got ['a'
 model.n_embd=100 model.n_head=3 -> model.n_embd=100 is not a multiple of model.n_head=3; try model.n_embd=99
 data.micro_batch_size=5 -> data.global_batch_size=16 is not a multiple of data.micro_batch_size=5; try data.global_batch_size=15
 trainer.devices=3 -> data.global_batch_size=16 is not a multiple of trainer.devices=3
-optim.warmup_steps=600 -> optim.warmup_steps=600 leaves nothing of trainer.max_steps=600; try optim.warmup_steps=30
-trainer.max_steps=10 -> optim.warmup_steps=30 leaves nothing of trainer.max_steps=10; try optim.warmup_steps=0
 trainer.strategy=single trainer.devices=2 -> trainer.strategy=single is one process, not trainer.devices=2
 debug=true trainer.devices=2 -> debug=true runs one process, not trainer.devices=2; try trainer.devices=1
 debug=true trainer.strategy=ddp -> debug=true runs one process; drop trainer.strategy
@@ -332,7 +340,6 @@ data.path=nofile.txt -> no such file or folder: 'nofile.txt'
 data=text -> data=text needs it
 name=../../x -> name: expected text of letters
 "trainer.max_steps=$(touch x)" -> got '$(touch x)'
-optim.warmup_steps=600 -> leaves nothing of trainer.max_steps=600
 trainer.strategy=single trainer.devices=2 -> is one process
 trainer=ddp -> it has no kinds
 nonsense -> expected key=value

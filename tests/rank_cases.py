@@ -138,7 +138,9 @@ class _StateBytes(L.Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
         optimizer = trainer.optimizers[0]
-        parameters = [t for p in pl_module.net.parameters() for t in (p.data, getattr(p, "ds_tensor", None)) if t is not None]
+        parameters = [
+            t for p in pl_module.net.parameters() for t in (p.data, getattr(p, "ds_tensor", None)) if t is not None
+        ]
         states: list[torch.Tensor] = []
         for flats in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat"):
             states += getattr(optimizer, flats, [])

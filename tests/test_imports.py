@@ -19,12 +19,16 @@ ROOMS = (
     "output",
     "recipe",
     "hardware",
+    "slurm",
     "plan",
     "runs",
+    "attempt",
+    "supervisor",
     "launch",
     "models",
     "optim",
     "data",
+    "rendezvous",
     "strategy",
     "modules",
     "loop",
@@ -42,7 +46,19 @@ ROOMS = (
 """From the top of the house down."""
 IMPORT_WHEN_CALLED = ("cli", "rank")
 """The verbs, so that --help is fast, and a rank, which takes signals before torch comes."""
-WITHOUT_TORCH = ("errors", "signals", "recipe", "hardware", "plan", "runs", "launch", "cli")
+WITHOUT_TORCH = (
+    "errors",
+    "signals",
+    "recipe",
+    "hardware",
+    "slurm",
+    "plan",
+    "runs",
+    "attempt",
+    "supervisor",
+    "launch",
+    "cli",
+)
 HEAVY = ("torch", "lightning", "deepspeed", "transformers", "datasets", "tokenizers", "wandb", "numpy")
 MOST_LINES = 500
 PACKAGE = Path(lm_train.__file__).parent

@@ -326,7 +326,7 @@ def test_all_problems_at_once_each_with_its_line(write: Write) -> None:
         "seed: expected an integer of at least 0; got 'x' (mine.yaml:1)",
         "model.n_layer: expected an integer of at least 1; got 0 (mine.yaml:4)",
         "model.n_heads: no such key; did you mean model.n_head? (mine.yaml:5)",
-        "optim.kind: expected adamw, adam, sgd, adagrad, rmsprop; got 'adamx'; did you mean optim=adam? (mine.yaml:8)",
+        "optim.kind: expected adamw, adam, sgd, adagrad, rmsprop, muon; got 'adamx'; did you mean optim=adam? (mine.yaml:8)",
         "trainer.max_steps: expected an integer of at least 1; got 'many'",
         "tracking.wandb: expected auto, online, offline, disabled; got 'off'; did you mean disabled?",
         "modle: no such key; did you mean model? (mine.yaml:2)",
@@ -344,15 +344,16 @@ def test_word_takes_the_blame_from_the_file(write: Write) -> None:
 
 
 def test_conflict_names_the_line_of_the_file_only(write: Write) -> None:
-    mine = write("optim:\n  warmup_steps: 50\n")
-    said = "optim.warmup_steps=50 leaves nothing of trainer.max_steps=10; try optim.warmup_steps=0"
-    assert problems(mine, "trainer.max_steps=10") == [f"{said} (mine.yaml:2)"]
-    assert problems("recipe=gpt_debug", "optim.warmup_steps=50", "trainer.max_steps=10") == [said]
+    mine = write("trainer:\n  activation_checkpointing: 9\n")
+    said = "trainer.activation_checkpointing: every 9th block of model.n_layer=2 is none; write none, full, or a number up to 2"
+    assert problems(mine, "model.n_layer=2") == [f"{said} (mine.yaml:2)"]
+    assert problems("recipe=gpt_debug", "trainer.activation_checkpointing=9", "model.n_layer=2") == [said]
 
 
 def test_debug_takes_the_blame_from_the_file() -> None:
-    said = "optim.warmup_steps=5 leaves nothing of trainer.max_steps=3; try optim.warmup_steps=0"
-    assert problems("recipe=gpt_debug", "debug=true", "trainer.max_steps=3") == [said]  # 5 is debug's, not line 7's
+    said = "data.global_batch_size=8 is not a multiple of data.micro_batch_size=3 x trainer.devices=1; try "
+    # 8 is debug's, not the file's
+    assert problems("recipe=gpt_debug", "debug=true", "data.micro_batch_size=3") == [said + "data.global_batch_size=9"]
 
 
 def test_tokenizer_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

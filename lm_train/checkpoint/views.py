@@ -19,7 +19,6 @@ from torch.optim import Optimizer
 from lm_train.strategy.fsdp import local_range
 
 PARAM, BUFFER = "param", "buffer"
-NO_STATE: Mapping[str, set[str]] = {}
 
 
 class View(NamedTuple):
@@ -65,12 +64,13 @@ class Views(ABC):
 
     def make_states(self, keys: Mapping[str, set[str]], step: int | None) -> None:
         """Gives a fresh optimizer empty states of the given keys by parameter, as if it had made `step` steps."""
-        fused = self.optimizer is not None and bool(self.optimizer.param_groups[0].get("fused"))
+        fused = self.optimizer is not None and any(group.get("fused") for group in self.optimizer.param_groups)
         for state, tensor, names in self.states():
             wanted = set().union(*(keys.get(name, set()) for name in names))
             for key in wanted:
                 state[key] = torch.zeros_like(tensor)
-            if wanted and step is not None and (self.optimizer is None or counts_steps(self.optimizer, wanted)):
+            # a momentum alone (Muon's part of its optimizer) has no bias to correct
+            if wanted and step is not None and wanted != {"momentum_buffer"}:
                 device = tensor.device if fused else torch.device("cpu")
                 state["step"] = torch.tensor(float(step), device=device)
 
@@ -82,11 +82,6 @@ class Views(ABC):
         steps = {int(state["step"]) for state, _, _ in self.states() if "step" in state}
         assert len(steps) <= 1, f"parameters at different steps: {steps}"
         return steps.pop() if steps else None
-
-
-def counts_steps(optimizer: Optimizer, keys: set[str]) -> bool:
-    """Whether the optimizer keeps a step beside these states; Muon's momentum has none."""
-    return keys != {"momentum_buffer"}
 
 
 class Replicated(Views):

@@ -36,13 +36,25 @@ class GPT(Decoder):
         self.vocab_size = vocab_size
         self.block_size = section.block_size
         self.cross_entropy_chunks = cross_entropy_chunks
-        config = BlockConfig(section.n_layer, section.n_head, section.n_embd, section.dropout, section.bias)
+        config = BlockConfig(
+            n_layer=section.n_layer,
+            n_head=section.n_head,
+            n_kv_head=section.n_head,
+            n_embd=section.n_embd,
+            mlp_width=4 * section.n_embd,
+            dropout=section.dropout,
+            bias=section.bias,
+            norm="layer",
+            norm_eps=1e-5,
+            rope_theta=None,
+            gated=False,
+        )
         with torch.device("meta"):  # torch's own initial weights would cost time and random numbers
             self.token_embedding = nn.Embedding(padded_vocab_size(vocab_size), section.n_embd)
             self.position_embedding = nn.Embedding(section.block_size, section.n_embd)
             self.dropout = nn.Dropout(section.dropout)
             self.blocks = BlockStack(config, activation_checkpointing)
-            self.norm = nn.LayerNorm(section.n_embd, bias=section.bias)
+            self.norm = config.make_norm()
         if initialise:
             self.to_empty(device=torch.get_default_device())
             self.init_weights()

@@ -1,4 +1,4 @@
-"""Transformer blocks. Shapes in comments: B batch, T sequence, C width (n_embd), H heads, D = C/H."""
+"""Transformer blocks. Shapes in comments: B batch, T sequence, C width (n_embd), H heads, K heads of keys, D = C/H."""
 
 from __future__ import annotations
 
@@ -15,40 +15,98 @@ from torch.utils.checkpoint import checkpoint
 class BlockConfig:
     n_layer: int
     n_head: int
+    n_kv_head: int
     n_embd: int
+    mlp_width: int
     dropout: float
     bias: bool
+    norm: Literal["layer", "rms"]
+    norm_eps: float
+    rope_theta: float | None
+    """Base of rotary positions; None: the blocks know no positions."""
+    gated: bool
+    """SwiGLU instead of GELU in the MLP."""
+
+    def make_norm(self) -> nn.Module:
+        if self.norm == "rms":
+            return nn.RMSNorm(self.n_embd, eps=self.norm_eps)  # Zhang & Sennrich 2019, arXiv:1910.07467
+        return nn.LayerNorm(self.n_embd, eps=self.norm_eps, bias=self.bias)
 
 
 class SelfAttention(nn.Module):
-    """Multi-head causal self-attention (Vaswani et al. 2017, section 3.2) by torch's fused kernel."""
+    """Multi-head causal self-attention (Vaswani et al. 2017, section 3.2) by torch's fused kernel.
+
+    With fewer key than query heads H/K neighbouring query heads share one (Ainslie et al. 2023, arXiv:2305.13245).
+    """
 
     def __init__(self, config: BlockConfig) -> None:
         super().__init__()
-        self.n_head = config.n_head
+        self.heads = (config.n_head, config.n_kv_head, config.n_kv_head)
         self.dropout = config.dropout
-        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.rope_theta = config.rope_theta
+        self.head_size = config.n_embd // config.n_head
+        self.qkv = nn.Linear(config.n_embd, sum(self.heads) * self.head_size, bias=config.bias)
         self.out = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, T, C) -> (B, T, C)
         b, t, c = x.shape
-        qkv = self.qkv(x).view(b, t, 3, self.n_head, c // self.n_head)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, H, T, D)
+        qkv = self.qkv(x).view(b, t, sum(self.heads), self.head_size)
+        q, k, v = qkv.split(self.heads, dim=2)
+        if self.rope_theta is not None:
+            cos, sin = rotary_angles(t, self.head_size, self.rope_theta, x.device)
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H or K, T, D)
+        if k.shape[1] != q.shape[1]:
+            # enable_gqa=True would leave fp32, and GPUs before compute capability 8.0, without a fused kernel
+            # (github.com/pytorch/pytorch/pull/181528)
+            k, v = (kv.repeat_interleave(q.shape[1] // kv.shape[1], dim=1) for kv in (k, v))
         dropout = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)  # (B, H, T, D)
         return self.out(y.transpose(1, 2).reshape(b, t, c))
 
 
+def rotary_angles(length: int, head_size: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of position * theta^(-2i/D), each (T, 1, D/2) in fp32.
+
+    Computed in every call: a few small kernels, and no table that a cast of the module, a build on the meta device or a
+    wrapper that casts a block's inputs could spoil.
+    """
+    exponents = torch.arange(0, head_size, 2, dtype=torch.float32, device=device) / head_size
+    positions = torch.arange(length, dtype=torch.float32, device=device)
+    angles = torch.outer(positions, 1.0 / theta**exponents).unsqueeze(1)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # (B, T, H, D) -> (B, T, H, D)
+    """Rotary positions (Su et al. 2021, arXiv:2104.09864): turns the pairs (i, i + D/2) of each head, as transformers
+    lays them out; in fp32 whatever the precision."""
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).type_as(x)
+
+
 class MLP(nn.Module):
-    """Two linear layers, four times wider between, with GPT-2's tanh form of GELU (Hendrycks & Gimpel 2016)."""
+    """Two linear layers with GPT-2's tanh form of GELU between (Hendrycks & Gimpel 2016)."""
 
     def __init__(self, config: BlockConfig) -> None:
         super().__init__()
-        self.up = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.down = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.up = nn.Linear(config.n_embd, config.mlp_width, bias=config.bias)
+        self.down = nn.Linear(config.mlp_width, config.n_embd, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, T, C) -> (B, T, C)
         return self.down(F.gelu(self.up(x), approximate="tanh"))
+
+
+class GatedMLP(nn.Module):
+    """SwiGLU (Shazeer 2020, arXiv:2002.05202): one linear layer gates another."""
+
+    def __init__(self, config: BlockConfig) -> None:
+        super().__init__()
+        self.gate = nn.Linear(config.n_embd, config.mlp_width, bias=config.bias)
+        self.up = nn.Linear(config.n_embd, config.mlp_width, bias=config.bias)
+        self.down = nn.Linear(config.mlp_width, config.n_embd, bias=config.bias)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, T, C) -> (B, T, C)
+        return self.down(F.silu(self.gate(x)) * self.up(x))
 
 
 class Block(nn.Module):
@@ -63,10 +121,10 @@ class Block(nn.Module):
     def __init__(self, config: BlockConfig, recompute: bool = False) -> None:
         super().__init__()
         self.recompute = recompute
-        self.attention_norm = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.attention_norm = config.make_norm()
         self.attention = SelfAttention(config)
-        self.mlp_norm = nn.LayerNorm(config.n_embd, bias=config.bias)
-        self.mlp = MLP(config)
+        self.mlp_norm = config.make_norm()
+        self.mlp = GatedMLP(config) if config.gated else MLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, T, C) -> (B, T, C)

@@ -1,7 +1,17 @@
 """What will be done: recipe and machine in, one frozen Plan out. Free of torch."""
 
-from lm_train.plan.counts import flops_per_token, parameter_count
+from lm_train.plan.counts import flops_per_token, parameter_count, parameter_shapes
+from lm_train.plan.layout import Place, places
 from lm_train.plan.plan import Plan, padded_vocab_size
 from lm_train.plan.planner import make_plan
 
-__all__ = ["Plan", "flops_per_token", "make_plan", "padded_vocab_size", "parameter_count"]
+__all__ = [
+    "Place",
+    "Plan",
+    "flops_per_token",
+    "make_plan",
+    "padded_vocab_size",
+    "parameter_count",
+    "parameter_shapes",
+    "places",
+]

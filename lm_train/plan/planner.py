@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from typing import Literal
 
 from lm_train.errors import UsageError
 from lm_train.hardware import BF16_SINCE, Machine
 from lm_train.plan.counts import flops_per_token, parameter_count
+from lm_train.plan.layout import check_batch, choose_devices, choose_nodes, threads_per_rank
 from lm_train.plan.plan import Plan, padded_vocab_size
 from lm_train.recipe import Recipe
 from lm_train.recipe.tokenizer_names import known_vocab_size
+from lm_train.slurm import Allocation
 
 MICRO_BATCH_TOKENS = {"gpu": 16_384, "cpu": 4_096}
 """Largest micro batch chosen by itself, in tokens. An assumption that suits small models, not a measurement."""
@@ -18,24 +19,34 @@ MICRO_BATCH_TOKENS = {"gpu": 16_384, "cpu": 4_096}
 Precision = Literal["32-true", "bf16-mixed", "bf16-true", "16-mixed"]
 
 
-def make_plan(recipe: Recipe, machine: Machine) -> Plan:
+def make_plan(recipe: Recipe, machine: Machine, allocation: Allocation | None = None) -> Plan:
     """Decides everything the recipe left open.
 
+    Args:
+        recipe: what was asked.
+        machine: what this node has; the others of an allocation have the same.
+        allocation: the Slurm step around this process, if there is one.
+
     Raises:
-        UsageError: with every wish of the recipe that this machine cannot fulfil, one line each.
+        UsageError: with every wish of the recipe that cannot be fulfilled here, one line each.
     """
     problems: list[str] = []
     reasons: dict[str, str] = {}
     accelerator: Literal["cpu", "gpu"] = "gpu" if machine.gpus else "cpu"
-    devices = _devices(recipe, machine, problems, reasons)
+    nodes = choose_nodes(recipe, allocation, problems)
+    devices = choose_devices(recipe, machine, allocation, problems, reasons)
     precision = _precision(recipe, machine, problems, reasons)
-    micro, accumulate = _batches(recipe, devices, accelerator, problems, reasons)
+    if not problems:
+        check_batch(recipe, nodes, devices, allocation, problems)
     if problems:
         raise UsageError(problems)
+    micro, accumulate = _batches(recipe, nodes * devices, accelerator, reasons)
     strategy = recipe.trainer.strategy
     if strategy == "auto":
-        strategy = "single" if devices == 1 else "ddp"
-        reasons["trainer.strategy"] = "one process" if devices == 1 else "the model is replicated on each device"
+        strategy = "single" if nodes * devices == 1 else "ddp"
+        reasons["trainer.strategy"] = (
+            "one process" if nodes * devices == 1 else "the model is replicated on each device"
+        )
     vocab = recipe.model.vocab_size
     if vocab == "auto":
         known = known_vocab_size(recipe.data.tokenizer)
@@ -52,7 +63,7 @@ def make_plan(recipe: Recipe, machine: Machine) -> Plan:
     return Plan(
         accelerator=accelerator,
         device_name=machine.gpus[0].name if machine.gpus else f"{machine.cpu_cores} cores",
-        nodes=1,
+        nodes=nodes,
         devices=devices,
         strategy=strategy,
         precision=precision,
@@ -64,7 +75,7 @@ def make_plan(recipe: Recipe, machine: Machine) -> Plan:
         activation_checkpointing=recipe.trainer.activation_checkpointing,
         cross_entropy_chunks=recipe.trainer.cross_entropy_chunks,
         compile=recipe.trainer.compile,
-        threads_per_rank=max(1, machine.cpu_cores // devices),
+        threads_per_rank=threads_per_rank(machine, allocation, devices),
         vocab_size=vocab_size,
         n_parameters=n_parameters,
         flops_per_token=None if n_parameters is None else flops_per_token(recipe.model, n_parameters),
@@ -72,39 +83,6 @@ def make_plan(recipe: Recipe, machine: Machine) -> Plan:
         peak_flops_per_device=machine.gpus[0].peak_flops if machine.gpus else None,
         reasons=reasons,
     )
-
-
-def _devices(recipe: Recipe, machine: Machine, problems: list[str], reasons: dict[str, str]) -> int:
-    asked = recipe.trainer.devices
-    if asked != "auto":
-        if machine.gpus and asked > len(machine.gpus):
-            problems.append(
-                f"trainer.devices: {asked} asked, this machine has {len(machine.gpus)} GPUs; "
-                f"try trainer.devices={len(machine.gpus)}"
-            )
-        return asked
-    if recipe.trainer.strategy == "single":
-        reasons["trainer.devices"] = "trainer.strategy=single is one process"
-        return 1
-    if machine.gpus:
-        # micro batch and accumulation that the recipe fixes must divide what each GPU gets, too
-        fixed = [v for v in (recipe.data.micro_batch_size, recipe.trainer.accumulate_grad_batches) if v != "auto"]
-        unit = math.prod(fixed)
-        total = recipe.data.global_batch_size
-        usable = [
-            n
-            for n in range(1, len(machine.gpus) + 1)
-            if total % (n * unit) == 0 and (len(fixed) < 2 or total == n * unit)
-        ]
-        devices = max(usable, default=1)
-        reasons["trainer.devices"] = "all GPUs of this machine"
-        if devices < len(machine.gpus):
-            reasons["trainer.devices"] = (
-                f"of {len(machine.gpus)} GPUs the most that divide data.global_batch_size={total}"
-            )
-        return devices
-    reasons["trainer.devices"] = "no GPU: one CPU process"
-    return 1
 
 
 def _precision(recipe: Recipe, machine: Machine, problems: list[str], reasons: dict[str, str]) -> Precision:
@@ -130,22 +108,13 @@ def _precision(recipe: Recipe, machine: Machine, problems: list[str], reasons: d
     return "32-true"
 
 
-def _batches(
-    recipe: Recipe, devices: int, accelerator: str, problems: list[str], reasons: dict[str, str]
-) -> tuple[int, int]:
+def _batches(recipe: Recipe, ranks: int, accelerator: str, reasons: dict[str, str]) -> tuple[int, int]:
     """Micro batch and accumulation; micro x accumulation x ranks is always the recipe's global batch."""
     total, micro = recipe.data.global_batch_size, recipe.data.micro_batch_size
     accumulate = recipe.trainer.accumulate_grad_batches
-    # the recipe's own checks refuse explicit numbers that do not divide; `auto` devices are chosen to divide
-    assert total % devices == 0, (total, devices)
-    share = total // devices
+    assert total % ranks == 0, (total, ranks)  # check_batch
+    share = total // ranks
     if micro != "auto" and accumulate != "auto":
-        if micro * accumulate != share:
-            problems.append(
-                f"data.global_batch_size: {total} is not {micro} micro x {accumulate} accumulated x {devices} ranks; "
-                f"try data.global_batch_size={micro * accumulate * devices}, or one of data.micro_batch_size and "
-                "trainer.accumulate_grad_batches auto"
-            )
         return micro, accumulate
     if micro != "auto":
         return micro, share // micro

@@ -55,6 +55,7 @@ def debug_settings(raw: Mapping[str, Any]) -> dict[str, Any]:
         "trainer": {
             "strategy": "single",
             "devices": 1,
+            "num_nodes": "auto",
             "max_steps": DEBUG_STEPS,
             "accumulate_grad_batches": "auto",
             "log_every_n_steps": 1,
@@ -89,12 +90,13 @@ def _batch_conflicts(recipe: Recipe) -> Iterator[Conflict]:
             (("data", "micro_batch_size"), micro),
             (("trainer", "accumulate_grad_batches"), accumulate),
             (("trainer", "devices"), devices),
+            (("trainer", "num_nodes"), recipe.trainer.num_nodes),
         )
         if isinstance(value, int)
     ]
     product = math.prod(int(value) for _, value in keys)
     terms = " x ".join(f"{'.'.join(key)}={value}" for key, value in keys)
-    all_given = len(keys) == 3
+    all_given = len(keys) == 4
     if keys and (total != product if all_given else total % product):
         fit = product if all_given else max(product, round(total / product) * product)
         relation = "is not" if all_given else "is not a multiple of"
@@ -105,13 +107,7 @@ def _batch_conflicts(recipe: Recipe) -> Iterator[Conflict]:
 
 
 def _trainer_conflicts(recipe: Recipe) -> Iterator[Conflict]:
-    trainer, optim, model = recipe.trainer, recipe.optim, recipe.model
-    if optim.warmup_steps >= trainer.max_steps:
-        yield (
-            [("optim", "warmup_steps"), ("trainer", "max_steps")],
-            f"optim.warmup_steps={optim.warmup_steps} leaves nothing of trainer.max_steps={trainer.max_steps}; "
-            f"try optim.warmup_steps={trainer.max_steps // 20}",
-        )
+    trainer, model = recipe.trainer, recipe.model
     if trainer.strategy == "single" and trainer.devices not in ("auto", 1):
         debug = "debug=true runs one process" if recipe.debug else "trainer.strategy=single is one process"
         yield (

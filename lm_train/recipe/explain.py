@@ -86,6 +86,21 @@ SYNONYMS = {
     "context_length": "model.block_size",
     "max_seq_len": "model.block_size",
     "vocab": "model.vocab_size",
+    "num_hidden_layers": "model.n_layer",
+    "num_attention_heads": "model.n_head",
+    "max_position_embeddings": "model.block_size",
+    "kv_heads": "model.n_kv_head",
+    "n_kv_heads": "model.n_kv_head",
+    "num_kv_heads": "model.n_kv_head",
+    "num_key_value_heads": "model.n_kv_head",
+    "ffn_dim": "model.intermediate_size",
+    "hidden_dim": "model.intermediate_size",
+    "mlp_width": "model.intermediate_size",
+    "theta": "model.rope_theta",
+    "rope_base": "model.rope_theta",
+    "rms_norm_eps": "model.norm_eps",
+    "tied": "model.tie_embeddings",
+    "tie_word_embeddings": "model.tie_embeddings",
     "save_interval": "checkpoint.every_n_steps",
     "save_steps": "checkpoint.every_n_steps",
     "every": "checkpoint.every_n_steps",
@@ -231,8 +246,10 @@ def _suggest_leaf(leaf: str, section: str | None, raw: Mapping[str, Any]) -> str
     own = _keys(section, raw) if section else [*_top_level(), *SECTIONS]
     if plain in own:
         return prefix + plain
+    if section and in_another_kind((section, plain), raw):
+        return _with_its_kind(f"{section}.{plain}", raw)
     if plain in SYNONYMS:
-        return SYNONYMS[plain]
+        return _with_its_kind(SYNONYMS[plain], raw)
     near = nearest(leaf, own, cutoff=0.75)
     if near:
         return prefix + near
@@ -242,9 +259,6 @@ def _suggest_leaf(leaf: str, section: str | None, raw: Mapping[str, Any]) -> str
     for other in reversed(SECTIONS):
         elsewhere |= {name: f"{other}.{name}" for cls in kinds_of(other).values() for name in cls.model_fields}
         elsewhere |= {name: f"{other}.{name}" for name in _keys(other, raw)}
-    kind = in_another_kind((section, plain), raw) if section else None
-    if kind:
-        return f"{section}={kind}, which has {plain}"
     if plain in elsewhere and plain != "kind":
         return elsewhere[plain]
     near = nearest(leaf, own) or nearest(leaf, SYNONYMS, cutoff=0.8)
@@ -252,6 +266,13 @@ def _suggest_leaf(leaf: str, section: str | None, raw: Mapping[str, Any]) -> str
         return SYNONYMS.get(near, prefix + near)
     far = nearest(leaf, elsewhere, cutoff=0.7)
     return elsewhere[far] if far else None
+
+
+def _with_its_kind(key: str, raw: Mapping[str, Any]) -> str:
+    """The key, or where only another kind of the section has it: `model=llama, which has n_kv_head`."""
+    section, _, leaf = key.partition(".")
+    kind = in_another_kind((section, leaf), raw)
+    return f"{section}={kind}, which has {leaf}" if kind else key
 
 
 def _keys(section: str, raw: Mapping[str, Any]) -> list[str]:

@@ -38,10 +38,9 @@ class Section(BaseModel):
         return []
 
 
-class GPT(Section):
-    """A GPT-2 style decoder (Radford et al. 2019, "Language Models are Unsupervised Multitask Learners")."""
+class ModelSection(Section):
+    """The keys that every kind of model shares; switching the kind keeps these and drops the rest."""
 
-    kind: Literal["gpt"] = "gpt"
     n_layer: PositiveInt = 12
     """Number of transformer blocks."""
     n_head: PositiveInt = 12
@@ -53,22 +52,65 @@ class GPT(Section):
     """Number of token ids; `auto` takes the tokenizer's. The embedding itself is padded to a multiple of 64."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Probability, after the embedding, in the attention and on each block's two outputs."""
+
+    def conflicts(self) -> list[tuple[tuple[str, ...], str]]:
+        return self._width_conflicts(self.n_head, f"model.n_head={self.n_head}")
+
+    def _width_conflicts(self, unit: int, named: str) -> list[tuple[tuple[str, ...], str]]:
+        if self.n_embd % unit == 0:
+            return []
+        near = max(unit, round(self.n_embd / unit) * unit)
+        return [
+            (("n_embd", "n_head"), f"model.n_embd={self.n_embd} is not a multiple of {named}; try model.n_embd={near}")
+        ]
+
+
+class GPT(ModelSection):
+    """A GPT-2 style decoder (Radford et al. 2019, "Language Models are Unsupervised Multitask Learners")."""
+
+    kind: Literal["gpt"] = "gpt"
     bias: bool = True
     """Biases in linear layers and layer norms, as GPT-2 has."""
 
+
+class Llama(ModelSection):
+    """A Llama style decoder (Touvron et al. 2023, arXiv:2302.13971; grouped-query attention as in arXiv:2307.09288)."""
+
+    kind: Literal["llama"] = "llama"
+    n_kv_head: PositiveIntOrAuto = "auto"
+    """Heads of keys and values, each shared by n_head / n_kv_head query heads; `auto`: as many as n_head."""
+    intermediate_size: PositiveIntOrAuto = "auto"
+    """Width inside the MLP; `auto`: Llama's rule, 8/3 n_embd rounded up to a multiple of 256."""
+    rope_theta: Annotated[float, Field(gt=1)] = 10000.0
+    """Base of the rotary positions' wavelengths; longer contexts take a larger one (Llama 3: 500000)."""
+    norm_eps: Annotated[float, Field(gt=0)] = 1e-5
+    tie_embeddings: bool = False
+    """The head shares the embedding's weights."""
+
+    @property
+    def key_value_heads(self) -> int:
+        return self.n_head if self.n_kv_head == "auto" else self.n_kv_head
+
+    @property
+    def mlp_width(self) -> int:
+        return -(-(8 * self.n_embd // 3) // 256) * 256 if self.intermediate_size == "auto" else self.intermediate_size
+
     def conflicts(self) -> list[tuple[tuple[str, ...], str]]:
-        if self.n_embd % self.n_head:
-            near = max(self.n_head, round(self.n_embd / self.n_head) * self.n_head)
-            return [
+        # rotary positions turn pairs of a head's values
+        found = self._width_conflicts(2 * self.n_head, f"2 x model.n_head={self.n_head}")
+        if self.n_head % self.key_value_heads:
+            near = max(n for n in range(1, min(self.n_head, self.key_value_heads) + 1) if self.n_head % n == 0)
+            found.append(
                 (
-                    ("n_embd", "n_head"),
-                    f"model.n_embd={self.n_embd} is not a multiple of model.n_head={self.n_head}; try model.n_embd={near}",
+                    ("n_kv_head", "n_head"),
+                    f"model.n_head={self.n_head} is not a multiple of model.n_kv_head={self.n_kv_head}; "
+                    f"try model.n_kv_head={near}",
                 )
-            ]
-        return []
+            )
+        return found
 
 
-ModelSection = GPT
+AnyModel = Annotated[GPT | Llama, Field(discriminator="kind")]
 
 
 class DataSection(Section):
@@ -199,7 +241,24 @@ class RMSprop(OptimSection):
     eps: Eps = 1e-8
 
 
-AnyOptim = Annotated[AdamW | Adam | SGD | Adagrad | RMSprop, Field(discriminator="kind")]
+class Muon(OptimSection):
+    """Muon for the matrices of the blocks (Jordan et al. 2024, kellerjordan.github.io/posts/muon), AdamW for the rest.
+
+    Muon's updates are as large as AdamW's (Liu et al. 2025, arXiv:2502.16982): learning rate and weight decay serve both.
+    """
+
+    kind: Literal["muon"] = "muon"
+    momentum: Beta = 0.95
+    nesterov: bool = True
+    ns_steps: Annotated[int, Field(ge=1, lt=100)] = 5
+    """Newton-Schulz steps that bring an update's singular values near 1."""
+    beta1: Beta = 0.9
+    """Of AdamW's part, as beta2 and eps."""
+    beta2: Beta = 0.95
+    eps: Eps = 1e-8
+
+
+AnyOptim = Annotated[AdamW | Adam | SGD | Adagrad | RMSprop | Muon, Field(discriminator="kind")]
 
 
 class TrainerSection(Section):
@@ -207,6 +266,8 @@ class TrainerSection(Section):
     precision: Literal["auto", "32-true", "bf16-mixed", "bf16-true", "16-mixed"] = "auto"
     devices: PositiveIntOrAuto = "auto"
     """GPUs, or without a GPU processes, on this machine; `auto`: every GPU, else one process."""
+    num_nodes: PositiveIntOrAuto = "auto"
+    """Machines; `auto`: those of the Slurm step, else one."""
     max_steps: PositiveInt = 1000
     """Optimizer steps of the whole run."""
     accumulate_grad_batches: PositiveIntOrAuto = "auto"
@@ -265,7 +326,7 @@ class Recipe(Section):
     """One process, 20 steps, checks and profile; see README."""
     dry_run: bool = False
     """Build on the meta device, print parameters and plan, write nothing."""
-    model: ModelSection = GPT()
+    model: AnyModel = GPT()
     data: AnyData = EmbeddedData()
     optim: AnyOptim = AdamW()
     trainer: TrainerSection = TrainerSection()

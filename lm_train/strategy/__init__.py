@@ -7,9 +7,10 @@ from torch import nn
 
 from lm_train.models.transformer import Block
 from lm_train.plan import Plan
+from lm_train.rendezvous import COLLECTIVE_TIMEOUT
 from lm_train.strategy.fsdp import FullySharded
 from lm_train.strategy.gradients import clip_gradients
-from lm_train.strategy.launched import COLLECTIVE_TIMEOUT, LaunchedRank
+from lm_train.strategy.launched import LaunchedRank
 from lm_train.strategy.zero import Zero
 
 
@@ -66,7 +67,6 @@ def compile_network(net: nn.Module, plan: Plan) -> None:
 
 
 __all__ = [
-    "COLLECTIVE_TIMEOUT",
     "FullySharded",
     "LaunchedRank",
     "Zero",

@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 
 from lm_train.models.transformer import Block
 from lm_train.plan import Plan
-from lm_train.strategy.launched import COLLECTIVE_TIMEOUT
+from lm_train.rendezvous import COLLECTIVE_TIMEOUT
 
 
 class FullySharded(ModelParallelStrategy):

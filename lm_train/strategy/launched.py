@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import os
-from datetime import timedelta
 
 from lightning.fabric.plugins.environments import ClusterEnvironment
-
-COLLECTIVE_TIMEOUT = timedelta(minutes=10)
-"""A rank that waits longer for the others gives up; above the longest pause a rank may take (a checkpoint, a compile)."""
 
 
 class LaunchedRank(ClusterEnvironment):

@@ -20,7 +20,7 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 from torch import Tensor
 
 from lm_train.plan import Plan
-from lm_train.strategy.launched import COLLECTIVE_TIMEOUT
+from lm_train.rendezvous import COLLECTIVE_TIMEOUT
 
 
 class _Precision(DeepSpeedPrecision):

@@ -1,0 +1,108 @@
+"""How the supervisors of one start find one another: a small folder inside the run folder. Free of torch.
+
+    RUN/.start/JOB.STEP.RESTART-RANDOM/
+      word.json   the primary's word: go on (with the checkpoint to resume), or end with this exit code
+      task-N      made by each other supervisor as it takes the word; no task can take the same word twice
+      address     where rank 0 waits for the other ranks
+
+The folder's name holds the job, its step and how often it was requeued, so that the word of an earlier start is never taken.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import time
+from pathlib import Path
+
+from lm_train.errors import ExitCode, LMTrainError, OutputError
+from lm_train.runs import RunFolder, write_atomically
+from lm_train.slurm import Allocation
+
+JOIN_TIMEOUT_S = 60.0
+"""How long a supervisor waits for the primary's word; what the primary does before takes a second or two."""
+POLL_S = 0.1
+
+
+class NotJoined(LMTrainError):
+    """The primary's word did not come."""
+
+    exit_code = ExitCode.REQUEUE
+
+
+class Attempt:
+    """The folder of one start."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.address = folder / "address"
+
+    def word(self) -> tuple[int | None, Path | None]:
+        """The exit code to end with at once, or None; and the checkpoint to go on from, or None."""
+        content = json.loads((self.folder / "word.json").read_text(encoding="utf-8"))
+        checkpoint = content["checkpoint"]
+        return content["exit_code"], Path(checkpoint) if checkpoint else None
+
+    @property
+    def given_up(self) -> bool:
+        """Whether another start has cleared this one away."""
+        return not self.folder.exists()
+
+
+def publish(
+    run: RunFolder,
+    allocation: Allocation | None,
+    checkpoint: Path | None = None,
+    exit_code: int | None = None,
+) -> Attempt:
+    """The primary's word to all other supervisors, which may read it as soon as it is there.
+
+    Raises:
+        OutputError: if the run folder cannot be written to.
+    """
+    key = allocation.attempt if allocation is not None else "local"
+    starts = run.root / ".start"
+    partial = starts / f".{secrets.token_hex(4)}"
+    try:
+        if exit_code is None:
+            shutil.rmtree(starts, ignore_errors=True)
+        partial.mkdir(parents=True)
+        word = {"exit_code": exit_code, "checkpoint": str(checkpoint) if checkpoint else None}
+        write_atomically(partial / "word.json", json.dumps(word) + "\n")
+        return Attempt(partial.rename(starts / f"{key}-{secrets.token_hex(4)}"))
+    except OSError as error:
+        raise OutputError(f"cannot write {error.filename or starts}: {error.strerror}") from None
+
+
+def join(run: RunFolder, allocation: Allocation, timeout_s: float | None = None) -> Attempt:
+    """Waits for the primary's word and takes it.
+
+    Args:
+        timeout_s: seconds; None: `LM_TRAIN_MEETING_TIMEOUT`, else a minute.
+
+    Raises:
+        NotJoined: if it does not come.
+    """
+    if timeout_s is None:
+        timeout_s = meeting_timeout()
+    deadline = time.monotonic() + timeout_s
+    mine = f"task-{allocation.node_rank}-{allocation.local_task}"
+    while time.monotonic() < deadline:
+        for folder in (run.root / ".start").glob(f"{allocation.attempt}-*"):
+            try:
+                os.close(os.open(folder / mine, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+                return Attempt(folder)
+            except OSError:  # taken in an earlier start of the same step, or cleared away at this moment
+                continue
+        time.sleep(POLL_S)
+    raise NotJoined(
+        f"{allocation.node_name} saw no start of {run.root} within {timeout_s:g} s; runs_dir={run.root.parent} must be on a "
+        "file system that all nodes share, and its first node may have ended (see above)"
+    )
+
+
+def meeting_timeout() -> float:
+    """Seconds that supervisors and ranks wait for one another at the start."""
+    return float(os.environ.get("LM_TRAIN_MEETING_TIMEOUT") or JOIN_TIMEOUT_S)

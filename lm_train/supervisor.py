@@ -1,0 +1,287 @@
+"""Starts the ranks of one supervisor, forwards signals, watches them, and finds out who failed first. Free of torch."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import NamedTuple
+
+from lm_train import signals
+from lm_train.attempt import Attempt
+from lm_train.errors import ExitCode
+from lm_train.plan import Place, Plan
+from lm_train.runs import RunFolder, write_atomically
+
+GRACE_S = 5.0
+"""How long the other ranks may take to notice that one died before they are killed."""
+CAUSE_S = 5.0
+"""How long a supervisor whose ranks were only cut off waits for another one to tell the cause."""
+LOOK_S = 1.0
+"""How often the reports of other supervisors' ranks are looked for."""
+_GOOD = (ExitCode.DONE, ExitCode.REQUEUE, ExitCode.INTERRUPTED)
+"""What a rank that stands with the others at a step boundary ends with."""
+_CUT_OFF = ("Connection closed", "Connection reset", "pair closure")
+"""Words of the error that a rank gets when another one has gone."""
+
+
+class Report(NamedTuple):
+    """How a rank ended, in `errors/rank-N.json` of the run folder: written by itself, or by its supervisor."""
+
+    rank: int
+    exit_code: int
+    message: str
+    stopped: bool = False
+    """Told to stop where the ranks do not agree: no failure, but the others may wait for it."""
+
+    @property
+    def is_cut_off(self) -> bool:
+        """Whether the message only says that another rank went away."""
+        return any(words in self.message for words in _CUT_OFF)
+
+
+class Supervisor:
+    """Runs the ranks of `places`. `stop` may be called from a signal handler at any time.
+
+    Args:
+        folder: of the run.
+        plan: of all ranks.
+        places: the ranks of this supervisor.
+        node_name: for messages.
+    """
+
+    def __init__(self, folder: RunFolder, plan: Plan, places: Sequence[Place], node_name: str) -> None:
+        self.folder, self.plan, self.places, self.node_name = folder, plan, places, node_name
+        self.alone = len(places) == plan.world_size
+        self.ranks: list[subprocess.Popen[bytes]] = []
+        self.stopping: signal.Signals | None = None
+        self.at_once = False
+
+    def run(self, attempt: Attempt, checkpoint: Path | None) -> tuple[int, Report | None]:
+        """Runs the ranks to their end.
+
+        Returns:
+            The exit code; and the failure that is this supervisor's to tell, if there was one.
+        """
+        try:
+            for place in self.places:
+                with signals.blocked():  # until the rank listens; here, until it is in the list
+                    self.ranks.append(self._start(place, attempt, checkpoint))
+                if self.stopping and len(self.ranks) < len(self.places):
+                    return self._stopped(_code_of(self.stopping)), None  # the ranks so far would wait for the others
+            failure = self._watch()
+        finally:
+            self._kill()
+        if self.at_once:
+            return self._stopped(_code_of(signal.SIGINT)), None
+        outside = [rank.returncode for rank in self.ranks if _stopped_outside(rank.returncode)]
+        if outside:
+            return self._stopped(max(map(_meaning, outside))), None
+        if not self.alone and (failure is None or failure.is_cut_off):
+            other = self._cause_elsewhere(failure)
+            if other is not None:
+                return other.exit_code, None
+        if failure is not None:
+            return failure.exit_code, failure
+        return max(_meaning(rank.returncode) for rank in self.ranks), None
+
+    def _start(self, place: Place, attempt: Attempt, checkpoint: Path | None) -> subprocess.Popen[bytes]:
+        """Starts one rank in a process group of its own, so that a terminal's Ctrl-C reaches the supervisor alone."""
+        environment = {
+            **os.environ,
+            "LM_TRAIN_STARTED": str(time.time()),
+            "LM_TRAIN_ATTEMPT": str(attempt.folder.resolve()),
+            "RANK": str(place.rank),
+            "LOCAL_RANK": str(place.local_rank),
+            "NODE_RANK": str(place.node_rank),
+            "WORLD_SIZE": str(self.plan.world_size),
+            "LOCAL_WORLD_SIZE": str(place.local_world_size),
+            "KINETO_LOG_LEVEL": os.environ.get("KINETO_LOG_LEVEL", "9"),  # the profiler's remarks about itself
+            # threads that spin while they wait make a step many times slower as soon as anything else wants a core
+            "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
+            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(self.plan.threads_per_rank)),
+        }
+        command = [
+            sys.executable,
+            "-m",
+            "lm_train.rank",
+            str(self.folder.root),
+            *([str(checkpoint)] if checkpoint else []),
+        ]
+        if place.rank == 0:
+            return subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, process_group=0)
+        with (self.folder.errors / f"rank-{place.rank}.log").open("wb") as log:
+            return subprocess.Popen(
+                command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, process_group=0
+            )
+
+    def _watch(self) -> Report | None:
+        """Waits for all ranks; when one ends badly, here or elsewhere, gives the others a moment.
+
+        Returns:
+            The failure among the ranks of this supervisor that stands nearest to the cause.
+        """
+        deadline = float("inf")
+        look = 0.0
+        together = (None, *_GOOD)
+        while any(rank.poll() is None for rank in self.ranks) and not self.at_once:
+            now = time.monotonic()
+            if deadline == float("inf"):
+                bad = any(rank.returncode not in together for rank in self.ranks)
+                if not bad and not self.alone and now > look:
+                    bad, look = bool(self._reports_elsewhere()), now + LOOK_S
+                if bad:
+                    self._first_failure()  # tells the other supervisors
+                    deadline = now + GRACE_S
+            if now > deadline:
+                break
+            time.sleep(0.02)
+        # a rank that a signal stopped outside the loop may have cut the others off
+        return None if any(_stopped_outside(rank.returncode) for rank in self.ranks) else self._first_failure()
+
+    def _first_failure(self) -> Report | None:
+        """The cause among the ranks that ended badly: the one that wrote its own error rather than one that was cut off."""
+        failures = []
+        for place, rank in zip(self.places, self.ranks, strict=False):
+            if rank.returncode in (None, *_GOOD):
+                continue
+            if _stopped_outside(rank.returncode):
+                self._stopped(_meaning(rank.returncode))
+                continue
+            report = self._read(place.rank)
+            if report is None:
+                report = self._describe(place.rank, rank.returncode)
+                self._write(report)
+            failures.append((0 if rank.returncode < 0 else 2 if report.is_cut_off else 1, report))
+        return min(failures)[1] if failures else None
+
+    def _describe(self, rank: int, status: int) -> Report:
+        if status < 0:
+            return Report(rank, ExitCode.REQUEUE, f"was ended by {signal.Signals(-status).name}")
+        code = ExitCode(status) if status in list(ExitCode) else ExitCode.BUG
+        return Report(rank, code, f"ended with exit code {status} and left no message")
+
+    def _stopped(self, code: int) -> int:
+        """Tells the other supervisors that ranks were stopped where they do not agree."""
+        if not self.alone:
+            self._write(Report(self.places[0].rank, code, "stopped", stopped=True))
+        return code
+
+    def _cause_elsewhere(self, own: Report | None) -> Report | None:
+        """What ranks of other supervisors died of, if that explains what happened here, once it has been told there."""
+        if own is None and not self._reports_elsewhere():
+            return None
+        causes: list[Report] = []
+
+        def found() -> bool:
+            causes[:] = [report for report in self._reports_elsewhere() if not report.is_cut_off]
+            return bool(causes)
+
+        if not _within(CAUSE_S, found):
+            if own is not None:
+                return None
+            causes = self._reports_elsewhere()
+        if not causes[0].stopped:
+            # its supervisor tells it; a task that leaves earlier with an error may have Slurm kill that one
+            _within(GRACE_S + CAUSE_S, self.folder.exit_code.exists)
+        return causes[0]
+
+    def _reports_elsewhere(self) -> list[Report]:
+        own = {place.rank for place in self.places}
+        found = []
+        for file in self.folder.errors.glob("rank-*.json"):
+            number = file.stem.removeprefix("rank-")
+            report = self._read(int(number)) if number.isdigit() and int(number) not in own else None
+            if report is not None:
+                found.append(report)
+        return found
+
+    def _read(self, rank: int) -> Report | None:
+        try:
+            content = json.loads((self.folder.errors / f"rank-{rank}.json").read_text(encoding="utf-8"))
+            return Report(rank, content["exit_code"], content["message"], content.get("stopped", False))
+        except (OSError, ValueError, KeyError):
+            return None
+
+    def _write(self, report: Report) -> None:
+        with contextlib.suppress(OSError):  # a full disk is often the very error
+            write_atomically(self.folder.errors / f"rank-{report.rank}.json", json.dumps(report._asdict()))
+
+    def stop(self, number: int, frame: FrameType | None) -> None:
+        """Asks all ranks to stop at a step boundary; a second Ctrl-C kills them."""
+        asked = signal.Signals(number)
+        if asked == signal.SIGINT and self.stopping == signal.SIGINT:
+            self.at_once = True  # the watching loop kills: Popen's lock may be held by what this handler interrupted
+            return
+        if asked == signal.SIGINT and self.places[0].rank == 0:
+            os.write(2, b"\nstopping at the next step boundary and saving; Ctrl-C again to stop at once\n")
+        self.stopping = asked
+        for rank in self.ranks:
+            with contextlib.suppress(ProcessLookupError):
+                rank.send_signal(asked)
+
+    def _kill(self) -> None:
+        for rank in self.ranks:
+            if rank.poll() is None:
+                rank.kill()
+        for rank in self.ranks:
+            rank.wait()
+
+    def tell(self, failure: Report, debug: bool) -> None:
+        """Prints a failure for the person who waits."""
+        ours = failure.exit_code not in (ExitCode.BUG, ExitCode.REQUEUE)
+        head = "" if ours else f"rank {failure.rank} on {self.node_name}: "
+        trace = self.folder.errors / f"rank-{failure.rank}.traceback"
+        if debug and trace.exists():
+            say(trace.read_text(encoding="utf-8"))
+        say(f"lm-train: {head}{failure.message}")
+        if failure.exit_code == ExitCode.BUG and not debug:
+            say(
+                f"lm-train: traceback and logs of all ranks: {self.folder.errors}; debug=true prints the traceback here"
+            )
+
+
+@contextlib.contextmanager
+def signals_forwarded(supervisor: Supervisor) -> Iterator[None]:
+    """SIGINT, SIGTERM and SIGUSR1 of this process go to the ranks."""
+    before = {number: signal.signal(number, supervisor.stop) for number in signals.HANDLED}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _within(seconds: float, so: Callable[[], bool]) -> bool:
+    deadline = time.monotonic() + seconds
+    while not so():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True
+
+
+def _stopped_outside(status: int | None) -> bool:
+    return status in (signals.OUTSIDE_THE_LOOP + ExitCode.REQUEUE, signals.OUTSIDE_THE_LOOP + ExitCode.INTERRUPTED)
+
+
+def _meaning(status: int) -> int:
+    """The run's exit code as one rank has it; a rank that was killed while another stopped adds nothing."""
+    if _stopped_outside(status):
+        return status - signals.OUTSIDE_THE_LOOP
+    return status if status in _GOOD else ExitCode.DONE
+
+
+def _code_of(number: signal.Signals) -> ExitCode:
+    return ExitCode.INTERRUPTED if number == signal.SIGINT else ExitCode.REQUEUE
