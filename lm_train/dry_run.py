@@ -5,14 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from lm_train import models
 from lm_train.errors import ExitCode
 from lm_train.hardware import this_machine
 from lm_train.modules import parameter_table
-from lm_train.optim import hidden_matrices
-from lm_train.plan import make_plan
+from lm_train.plan import checkpoint_bytes, make_plan, size_of
 from lm_train.recipe import Recipe
 from lm_train.runs import DEBUG_SUFFIX, run_name
 from lm_train.slurm import current_allocation
@@ -43,26 +41,10 @@ def dry_run(recipe: Recipe) -> int:
     run = Path(recipe.runs_dir) / (run_name(recipe, allocation) or title)
     every = recipe.checkpoint.every_n_steps
     when = "at the end" if every is None else f"every {every} steps and at the end"
+    shapes = [(name, tuple(p.shape)) for name, p in net.named_parameters()]
+    saved = checkpoint_bytes(shapes, plan.strategy, plan.precision, recipe.optim)
     print(
         f"would write\n  {run}/recipe.yaml, plan.json, metrics.jsonl, tokenizer.json\n"
-        f"  {run}/checkpoints/step-N {when}, about {_checkpoint_bytes(recipe, net) / 1e6:,.1f} MB each"
+        f"  {run}/checkpoints/step-N {when}, about {size_of(saved)} each"
     )
     return ExitCode.DONE
-
-
-def _checkpoint_bytes(recipe: Recipe, net: nn.Module) -> int:
-    """Parameters, and the optimizer's state of the same shapes and precision."""
-    n_parameters = sum(p.numel() for p in net.parameters())
-    match recipe.optim.kind:
-        case "adam" | "adamw":
-            states = 2 * n_parameters
-        case "sgd":
-            states = n_parameters * int(recipe.optim.momentum > 0)
-        case "adagrad":
-            states = n_parameters
-        case "rmsprop":
-            states = n_parameters * (1 + int(recipe.optim.momentum > 0))
-        case "muon":
-            states = 2 * n_parameters - sum(p.numel() for p in hidden_matrices(net))
-    size = 2 if recipe.trainer.precision == "bf16-true" else 4
-    return size * (n_parameters + states)

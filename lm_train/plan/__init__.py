@@ -2,16 +2,21 @@
 
 from lm_train.plan.counts import flops_per_token, parameter_count, parameter_shapes
 from lm_train.plan.layout import Place, places
-from lm_train.plan.plan import Plan, padded_vocab_size
+from lm_train.plan.memory import StateBytes, checkpoint_bytes, state_bytes
+from lm_train.plan.plan import Plan, padded_vocab_size, size_of
 from lm_train.plan.planner import make_plan
 
 __all__ = [
     "Place",
     "Plan",
+    "StateBytes",
+    "checkpoint_bytes",
     "flops_per_token",
     "make_plan",
     "padded_vocab_size",
     "parameter_count",
     "parameter_shapes",
     "places",
+    "size_of",
+    "state_bytes",
 ]

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from lm_train.plan.plan import Precision, Strategy
+from lm_train.recipe import AnyOptim
 
 Shapes = Iterable[tuple[str, tuple[int, ...]]]
 ZERO_ALIGNMENT = 2
@@ -31,7 +32,7 @@ class StateBytes(NamedTuple):
         return sum(self)
 
 
-def state_bytes(shapes: Shapes, strategy: Strategy, precision: Precision, states: int, ranks: int) -> StateBytes:
+def state_bytes(shapes: Shapes, strategy: Strategy, precision: Precision, optim: AnyOptim, ranks: int) -> StateBytes:
     """Bytes of the model's state on the rank that holds most.
 
     With N parameters, W ranks, b bytes a parameter and s values of the optimizer for each:
@@ -45,14 +46,17 @@ def state_bytes(shapes: Shapes, strategy: Strategy, precision: Precision, states
         shapes: name and shape of every parameter, shared ones once.
         strategy: decides what is divided among the ranks.
         precision: decides the bytes of an element.
-        states: values that the optimizer keeps for each element: 2 for Adam.
+        optim: decides s.
         ranks: over which the state is divided.
     """
-    sizes = [shape for _, shape in shapes]
+    named = list(shapes)
+    sizes = [shape for _, shape in named]
     width = 2 if precision == "bf16-true" else 4
     if strategy in ("single", "ddp"):
         total = sum(map(math.prod, sizes))
-        return StateBytes(width * total, width * total, width * states * total)
+        kept = sum(optimizer_values(optim, name, shape) * math.prod(shape) for name, shape in named)
+        return StateBytes(width * total, width * total, width * kept)
+    states = max(optimizer_values(optim, name, shape) for name, shape in named)
     if strategy == "fsdp":
         own = sum(-(-shape[0] // ranks) * math.prod(shape[1:]) for shape in sizes)
         return StateBytes(width * own, width * own, width * states * own)
@@ -88,15 +92,22 @@ def _gradients_of_parts(groups: list[list[int]], padded: list[int], ranks: int) 
     return max(held)
 
 
-def optimizer_states(kind: str, momentum: float) -> int:
-    """Values that an optimizer keeps for each element of a parameter, besides masters."""
-    match kind:
+def optimizer_values(optim: AnyOptim, name: str, shape: tuple[int, ...]) -> int:
+    """Values that the optimizer keeps for each element of a parameter, besides masters."""
+    match optim.kind:
         case "adam" | "adamw":
             return 2
         case "sgd":
-            return int(momentum > 0)
+            return int(optim.momentum > 0)
         case "adagrad":
             return 1
         case "rmsprop":
-            return 1 + int(momentum > 0)
-    raise AssertionError(kind)
+            return 1 + int(optim.momentum > 0)
+        case "muon":  # its momentum for the matrices of the blocks, AdamW's two values for the rest
+            return 1 if name.startswith("blocks.") and len(shape) == 2 else 2
+
+
+def checkpoint_bytes(shapes: Shapes, strategy: Strategy, precision: Precision, optim: AnyOptim) -> int:
+    """Bytes of parameters and optimizer state on disk; ZeRO's parameters are its fp32 masters."""
+    width = 2 if precision == "bf16-true" and not strategy.startswith("zero") else 4
+    return width * sum((1 + optimizer_values(optim, name, shape)) * math.prod(shape) for name, shape in shapes)

@@ -45,6 +45,10 @@ class Plan(BaseModel):
     """Token ids; None where only the corpus can tell."""
     n_parameters: int | None
     flops_per_token: int | None
+    parameter_bytes: int | None
+    """Bytes that the rank with most of them holds all through the training; see `lm_train.plan.memory`."""
+    gradient_bytes: int | None
+    optimizer_bytes: int | None
     tokens_per_step: int
     peak_flops_per_device: float | None
     """Dense bf16 FLOP/s of one device; None where unknown, and then no MFU is reported."""
@@ -58,6 +62,16 @@ class Plan(BaseModel):
     @classmethod
     def read(cls, file: Path) -> Plan:
         return cls.model_validate_json(file.read_text(encoding="utf-8"))
+
+    def _state(self) -> str:
+        if self.parameter_bytes is None or self.gradient_bytes is None or self.optimizer_bytes is None:
+            return "known with the vocabulary"
+        parts = {
+            "parameters": self.parameter_bytes,
+            "gradients": self.gradient_bytes,
+            "optimizer": self.optimizer_bytes,
+        }
+        return " + ".join(f"{size_of(size)} {name}" for name, size in parts.items())
 
     def table(self) -> str:
         """The plan for a person: one line a decision, with its reason where the recipe left it open."""
@@ -74,8 +88,17 @@ class Plan(BaseModel):
             ("steps", f"{self.max_steps:,} of {self.tokens_per_step:,} tokens", ""),
             ("vocabulary", "as the corpus has" if self.vocab_size is None else f"{self.vocab_size:,}", ""),
             ("parameters", "known with the vocabulary" if self.n_parameters is None else f"{self.n_parameters:,}", ""),
+            ("state a rank", self._state(), ""),
         ]
         width = max(len(value) for _, value, _ in rows)
         return "\n".join(
             f"  {name:<13} {value:<{width}}  {self.reasons.get(key, '')}".rstrip() for name, value, key in rows
         )
+
+
+def size_of(number: int) -> str:
+    """Bytes for a person, in powers of ten: 6.22 GB."""
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return f"{number} bytes"

@@ -6,17 +6,16 @@ from typing import Literal
 
 from lm_train.errors import UsageError
 from lm_train.hardware import BF16_SINCE, Machine
-from lm_train.plan.counts import flops_per_token, parameter_count
+from lm_train.plan.counts import flops_per_token, parameter_count, parameter_shapes
 from lm_train.plan.layout import check_batch, choose_devices, choose_nodes, threads_per_rank
-from lm_train.plan.plan import Plan, padded_vocab_size
+from lm_train.plan.memory import state_bytes
+from lm_train.plan.plan import Plan, Precision, padded_vocab_size
 from lm_train.recipe import Recipe
 from lm_train.recipe.tokenizer_names import known_vocab_size
 from lm_train.slurm import Allocation
 
 MICRO_BATCH_TOKENS = {"gpu": 16_384, "cpu": 4_096}
 """Largest micro batch chosen by itself, in tokens. An assumption that suits small models, not a measurement."""
-
-Precision = Literal["32-true", "bf16-mixed", "bf16-true", "16-mixed"]
 
 
 def make_plan(recipe: Recipe, machine: Machine, allocation: Allocation | None = None) -> Plan:
@@ -54,6 +53,10 @@ def make_plan(recipe: Recipe, machine: Machine, allocation: Allocation | None = 
     else:
         vocab_size = vocab
     n_parameters = None if vocab_size is None else parameter_count(recipe.model, padded_vocab_size(vocab_size))
+    state = None
+    if vocab_size is not None:
+        shapes = parameter_shapes(recipe.model, padded_vocab_size(vocab_size))
+        state = state_bytes(shapes, strategy, precision, recipe.optim, nodes * devices)
     workers = recipe.data.num_workers
     if workers == "auto":
         workers = 0
@@ -79,6 +82,9 @@ def make_plan(recipe: Recipe, machine: Machine, allocation: Allocation | None = 
         vocab_size=vocab_size,
         n_parameters=n_parameters,
         flops_per_token=None if n_parameters is None else flops_per_token(recipe.model, n_parameters),
+        parameter_bytes=None if state is None else state.parameters,
+        gradient_bytes=None if state is None else state.gradients,
+        optimizer_bytes=None if state is None else state.optimizer,
         tokens_per_step=recipe.data.global_batch_size * recipe.model.block_size,
         peak_flops_per_device=machine.gpus[0].peak_flops if machine.gpus else None,
         reasons=reasons,
@@ -101,10 +107,15 @@ def _precision(recipe: Recipe, machine: Machine, problems: list[str], reasons: d
     if oldest >= BF16_SINCE:
         reasons[key] = "native bf16"
         return "bf16-mixed"
-    if oldest >= (7, 0):
+    if oldest >= (7, 0) and recipe.trainer.strategy != "fsdp":  # FSDP2 has no gradient scaler
         reasons[key] = f"compute capability {oldest[0]}.{oldest[1]} has fp16 tensor cores and no native bf16"
         return "16-mixed"
-    reasons[key] = f"compute capability {oldest[0]}.{oldest[1]} has neither bf16 nor fp16 tensor cores"
+    lacks = (
+        "no native bf16, and fsdp no gradient scaler for fp16"
+        if oldest >= (7, 0)
+        else "neither bf16 nor fp16 tensor cores"
+    )
+    reasons[key] = f"compute capability {oldest[0]}.{oldest[1]} has {lacks}"
     return "32-true"
 
 

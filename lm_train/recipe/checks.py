@@ -10,9 +10,9 @@ from typing import Any
 
 from lm_train.recipe.explain import RESUME, nearest, nearest_value, shown
 from lm_train.recipe.sections import Recipe, TextData
+from lm_train.recipe.strategies import Conflict, strategy_conflicts
 from lm_train.recipe.tokenizer_names import exists, is_path, known_vocab_size
 
-Conflict = tuple[list[tuple[str, ...]], str]
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _DATA_SUFFIXES = (".txt", ".jsonl", ".json", ".csv", ".parquet", ".gz", ".md", ".py")
 DEBUG_STEPS = 20
@@ -78,6 +78,7 @@ def conflicts(recipe: Recipe) -> Iterator[Conflict]:
             yield [(section, key) for key in keys], message
     yield from _batch_conflicts(recipe)
     yield from _trainer_conflicts(recipe)
+    yield from strategy_conflicts(recipe)
     yield from _path_conflicts(recipe)
 
 

@@ -1,0 +1,34 @@
+"""Which strategies cannot do what, each with a way out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from lm_train.recipe.sections import Recipe
+
+Conflict = tuple[list[tuple[str, ...]], str]
+
+
+def strategy_conflicts(recipe: Recipe) -> Iterator[Conflict]:
+    """What the recipe's strategy rules out: the keys concerned, and a sentence with what would work."""
+    trainer, optim = recipe.trainer, recipe.optim
+    strategy = trainer.strategy
+    shards = strategy == "fsdp" or strategy.startswith("zero")
+    said = f"trainer.strategy={strategy}"
+    if strategy == "fsdp" and trainer.precision == "16-mixed":
+        yield (
+            [("trainer", "precision"), ("trainer", "strategy")],
+            f"trainer.precision=16-mixed needs a gradient scaler, which {said} has not; try trainer.precision=bf16-mixed, or "
+            "trainer.strategy=zero2",
+        )
+    if optim.kind == "muon" and shards:
+        yield (
+            [("optim", "kind"), ("trainer", "strategy")],
+            f"optim.kind=muon works on whole matrices, {said} cuts them up; try trainer.strategy=ddp, or optim.kind=adamw",
+        )
+    if optim.kind == "adagrad" and strategy.startswith("zero"):
+        yield (
+            [("optim", "kind"), ("trainer", "strategy")],
+            f"optim.kind=adagrad loses its parameter groups under {said}: DeepSpeed makes it anew; try trainer.strategy=fsdp, "
+            "or optim.kind=adamw",
+        )
