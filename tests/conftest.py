@@ -89,8 +89,23 @@ def new_run(tmp_path: Path, text_file: Path) -> Callable[..., RunFolder]:
     return make
 
 
+Ranks = Callable[..., Pair]
+
+
 @pytest.fixture(scope="session")
-def ddp_pair(cache: Path) -> Iterator[Pair]:
-    """Two processes with one gloo group, for all cases of ddp."""
-    with Pair() as pair:
-        yield pair
+def ranks(cache: Path) -> Iterator[Ranks]:
+    """`ranks("zero2")`: processes with one gloo group for all cases of that strategy; `size=1` for a single one.
+
+    torch's own strategies share processes, and DeepSpeed's do. What a failed case has ended is started anew.
+    """
+    started: dict[tuple[bool, int], Pair] = {}
+
+    def of(strategy: str, size: int = 2) -> Pair:
+        key = (strategy.startswith("zero"), size)
+        if key not in started or started[key].ended:
+            started[key] = Pair(size).__enter__()
+        return started[key]
+
+    yield of
+    for pair in started.values():
+        pair.end()

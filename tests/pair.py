@@ -58,6 +58,10 @@ class Pair:
     ) -> None:
         self.end()
 
+    @property
+    def ended(self) -> bool:
+        return any(rank.poll() is not None for rank in self.ranks)
+
     def end(self) -> None:
         for rank in self.ranks:
             rank.kill()

@@ -13,12 +13,16 @@ import lightning.pytorch as L
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile
 
-from lm_train import signals
+from lm_train import models, signals
+from lm_train.callbacks import Sample
 from lm_train.data.text import TrainBatches
 from lm_train.errors import ExitCode
+from lm_train.plan import Plan
+from lm_train.recipe import load
 from lm_train.runs import RunFolder
 from lm_train.train import train
 
@@ -38,9 +42,19 @@ def run(
     callbacks: list[L.Callback] = [_Fault(fault)] if fault else []
     if stop_at is not None:
         callbacks.append(_StopRankOne(stop_at))
-    code = train(RunFolder(folder), Path(resume_from) if resume_from else None, callbacks)
+    sampled = _Sampled()
+    code = train(RunFolder(folder), Path(resume_from) if resume_from else None, [*callbacks, sampled])
     signals.forget()
-    return {"code": int(code)}
+    return {"code": int(code), "sample": sampled.text}
+
+
+class _Sampled(L.Callback):
+    """Remembers the text that the run drew at its end."""
+
+    text: str | None = None
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self.text = next(callback for callback in trainer.callbacks if isinstance(callback, Sample)).text
 
 
 class _Fault(L.Callback):
@@ -170,18 +184,26 @@ def state_bytes(folder: str) -> dict[str, int]:
     return measured.bytes
 
 
-def count_bare(steps: int, accumulate: int) -> dict[str, Any]:
-    """The same counts for a plain loop: DistributedDataParallel, clipping, SGD, nothing else."""
+def count_bare(steps: int, accumulate: int, folder: str) -> dict[str, Any]:
+    """The same counts for a plain loop over the same network: DDP or FSDP2, clipping, SGD, nothing else."""
     if not dist.is_initialized():
         dist.init_process_group("gloo")
     torch.manual_seed(0)
-    net = nn.parallel.DistributedDataParallel(nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32)))
+    recipe, plan = load([f"recipe={RunFolder(folder).recipe}"]), Plan.read(RunFolder(folder).plan)
+    net: Any = models.build(recipe.model, plan, vocab_size=257)
+    if plan.strategy == "fsdp":
+        for block in net.blocks:
+            fully_shard(block)
+        fully_shard(net)
+    else:
+        net = nn.parallel.DistributedDataParallel(net)
     optimizer = torch.optim.SGD(net.parameters(), lr=1e-3, momentum=0.9)
+    tokens = torch.randint(257, (plan.micro_batch_size, recipe.model.block_size))
 
     def step() -> None:
         for micro in range(accumulate):
             net.require_backward_grad_sync = micro == accumulate - 1
-            (net(torch.randn(4, 32)).square().mean() / accumulate).backward()
+            (net(tokens, tokens) / tokens.numel() / accumulate).backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
@@ -115,6 +116,11 @@ class Replicated(Views):
 class Sharded(Replicated):
     """FSDP2: parameters and states are DTensors, split by rows."""
 
+    def __init__(self, net: nn.Module, optimizer: Optimizer | None, rank: int = 0, world: int = 1) -> None:
+        super().__init__(net, optimizer, rank, world)
+        assert isinstance(net, FSDPModule)
+        net.reshard()  # a forward pass without a backward one, as in validation, leaves the outermost parameters whole
+
     to_save = Views.to_save
 
     def to_load(self) -> Iterator[View]:
@@ -207,7 +213,7 @@ def views_of(net: nn.Module, optimizer: Any, rank: int = 0, world: int = 1) -> V
         return ZeroOneTwo(net, optimizer, rank, world)
     if hasattr(optimizer, "fp32_partitioned_groups_flat"):
         return ZeroThree(net, optimizer, rank, world)
-    kind = Sharded if any(isinstance(parameter, DTensor) for parameter in net.parameters()) else Replicated
+    kind = Sharded if isinstance(net, FSDPModule) else Replicated
     return kind(net, optimizer, rank, world)
 
 

@@ -32,3 +32,9 @@ def strategy_conflicts(recipe: Recipe) -> Iterator[Conflict]:
             f"optim.kind=adagrad loses its parameter groups under {said}: DeepSpeed makes it anew; try trainer.strategy=fsdp, "
             "or optim.kind=adamw",
         )
+    if trainer.compile and strategy.startswith("zero3"):
+        yield (
+            [("trainer", "compile"), ("trainer", "strategy")],
+            f"trainer.compile=true gains nothing under {said}: DeepSpeed's hooks in every module break what is compiled; try "
+            "trainer.strategy=fsdp, or trainer.compile=false",
+        )

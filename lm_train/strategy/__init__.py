@@ -58,7 +58,7 @@ def casts_initial_weights(plan: Plan) -> bool:
 
 def compile_network(net: nn.Module, plan: Plan) -> None:
     """torch.compile, in place; block by block where hooks between the blocks gather parameters."""
-    if plan.strategy in ("single", "ddp"):
+    if plan.strategy != "fsdp":
         net.compile()
         return
     for module in net.modules():
