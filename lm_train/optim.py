@@ -63,7 +63,8 @@ class Muon(torch.optim.Optimizer):
 
     Jordan et al. 2024 (kellerjordan.github.io/posts/muon): the momentum's singular values are all brought to about 1 by
     Newton-Schulz steps. Updates have 0.2 sqrt(larger side) times that size, the root mean square of AdamW's, so that one
-    learning rate and one weight decay serve both parts (Liu et al. 2025, arXiv:2502.16982, section 2.2).
+    learning rate and one weight decay serve both parts (Liu et al. 2025, arXiv:2502.16982, section 2.2). Queries,
+    keys and values of an attention are one matrix here; the post treats them apart.
 
     Args:
         section: the recipe's optim section.

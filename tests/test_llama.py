@@ -124,7 +124,7 @@ def test_rotation_depends_on_the_distance_only() -> None:
     torch.testing.assert_close(turned_q[5].double(), torch.cat((turned.real, turned.imag)), rtol=1e-5, atol=1e-6)
 
 
-def test_bf16_weights_leave_the_positions_exact() -> None:
+def test_bf16_leaves_the_positions_exact() -> None:
     """At position 4000 angles in bf16 would be off by up to 8 radians."""
     section = LlamaSection(n_layer=1, n_head=2, n_embd=32, block_size=4096)
     fp32 = moved(section, 64)
@@ -135,7 +135,13 @@ def test_bf16_weights_leave_the_positions_exact() -> None:
     tokens = torch.randint(0, 64, (1, 4096), generator=torch.Generator().manual_seed(2))
     with torch.inference_mode():
         wanted, found = fp32(tokens)[0, -64:], half(tokens)[0, -64:].float()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            mixed = fp32(tokens)[0, -64:].float()
+            angles = rotary_angles(4096, 16, 10000.0, tokens.device)
     assert F.cosine_similarity(wanted, found, dim=-1).min() > 0.999
+    assert F.cosine_similarity(wanted, mixed, dim=-1).min() > 0.999
+    for mine, exact in zip(angles, rotary_angles(4096, 16, 10000.0, tokens.device), strict=True):
+        assert torch.equal(mine, exact)
 
 
 def test_a_network_built_without_values_turns_as_one_built_at_once() -> None:

@@ -78,9 +78,15 @@ def test_without_validation_nothing_is_validated(new_run: NewRun) -> None:
     assert json.loads((run.checkpoints / "latest").read_text())["step"] == 5
 
 
+@pytest.mark.parametrize("model", ["kind: gpt", "kind: llama, n_kv_head: 1"])
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
-def test_half_precision_starts_from_the_same_weights_and_learns(new_run: NewRun, precision: str) -> None:
-    words = ("trainer.max_steps=40", "trainer.activation_checkpointing=full", "trainer.cross_entropy_chunks=3")
+def test_half_precision_starts_from_the_same_weights_and_learns(new_run: NewRun, precision: str, model: str) -> None:
+    words = (
+        f"model={{{model}, n_layer: 2, n_head: 2, n_embd: 64, block_size: 16}}",
+        "trainer.max_steps=40",
+        "trainer.activation_checkpointing=full",
+        "trainer.cross_entropy_chunks=3",
+    )
     exact, half = new_run(*words, name="exact"), new_run(*words, f"trainer.precision={precision}", name="half")
     train(exact)
     train(half)
