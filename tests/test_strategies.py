@@ -135,7 +135,13 @@ SAVINGS = {
 
 
 def saving_cases() -> list:
-    kept = {("fsdp", "recomputed"), ("zero3", "recomputed"), ("fsdp", "llama"), ("zero3", "llama"), ("fsdp", "compiled")}
+    kept = {
+        ("fsdp", "recomputed"),
+        ("zero3", "recomputed"),
+        ("fsdp", "llama"),
+        ("zero3", "llama"),
+        ("fsdp", "compiled"),
+    }
     pairs = [(s, name) for s in STRATEGIES for name in SAVINGS if not (name == "compiled" and s.startswith("zero3"))]
     return [pytest.param(*p, marks=[] if p in kept else [pytest.mark.slow], id="-".join(p)) for p in pairs]
 
