@@ -185,6 +185,24 @@ def test_validation_test_split_and_sample_are_the_same(
             assert a[f"{split}/bits_per_byte"] == pytest.approx(a[f"{split}/loss"] / math.log(2), rel=1e-6)
 
 
+@pytest.mark.parametrize("strategy", ["fsdp", "zero2", "zero3"])
+def test_an_end_that_was_cut_off_is_made_up_for(ranks: Ranks, new_run: NewRun, strategy: str) -> None:
+    """The last step was saved, its validation and the text were lost: starting again brings them, and trains nothing."""
+    run = new_run(
+        "trainer.max_steps=4", "trainer.sample_tokens=20", "trainer.devices=2", f"trainer.strategy={strategy}"
+    )
+    pair = ranks(strategy)
+    first = pair.run("run", folder=str(run.root))
+    rows = list(read_jsonl(run.metrics))
+    (lost,) = [row for row in rows if "val/loss" in row]
+    run.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows if row is not lost), encoding="utf-8")
+    again = pair.run("run", folder=str(run.root), resume_from=str(run.checkpoints / "step-4"))
+    assert again[0]["sample"] == first[0]["sample"]
+    (found,) = [row for row in read_jsonl(run.metrics) if "val/loss" in row]
+    assert found["step"] == 4
+    assert found["val/loss"] == pytest.approx(lost["val/loss"], rel=1e-6)
+
+
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp", "zero2", pytest.param("zero3", marks=pytest.mark.slow)])
 def test_a_signal_to_one_rank_stops_both_and_the_run_goes_on(ranks: Ranks, new_run: NewRun, strategy: str) -> None:
     words = ("trainer.devices=2", f"trainer.strategy={strategy}", "trainer.accumulate_grad_batches=2")

@@ -33,17 +33,20 @@ class FullySharded(ModelParallelStrategy):
         self.policy = mixed if plan.precision == "bf16-mixed" else MixedPrecisionPolicy()
 
     def shard(self, net: nn.Module) -> None:
-        """Shards a network that was built on the meta device, and gives each shard its part of the initial weights.
+        """Shards a network. One that was built on the meta device also gets its initial weights, shard by shard.
 
         Each full parameter exists for a moment on the host, one at a time, drawn as an unsharded build would have drawn it.
         """
         if isinstance(net, FSDPModule):
             return
+        without_weights = any(parameter.is_meta for parameter in net.parameters())
         mesh = self.device_mesh["data_parallel"]
         for module in net.modules():
             if isinstance(module, Block):
                 fully_shard(module, mesh=mesh, mp_policy=self.policy)
         fully_shard(net, mesh=mesh, mp_policy=self.policy)
+        if not without_weights:
+            return
         net.to_empty(device=self.root_device)
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(self.seed)
