@@ -43,7 +43,7 @@ class CausalLanguageModel(L.LightningModule):
 
     def configure_model(self) -> None:
         """Called by Lightning before optimizers exist; a strategy that cuts the network up does it here."""
-        if isinstance(self.trainer.strategy, FullySharded):
+        if isinstance(self.trainer.strategy, FullySharded | Zero):
             self.trainer.strategy.shard(self.net)
 
     @property

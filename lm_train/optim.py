@@ -21,10 +21,15 @@ def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], weight_decay: fl
     """
     trained = [p for _, p in named if p.requires_grad]
     groups = [
-        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
+        {"params": [p for p in trained if _dimensions(p) >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trained if _dimensions(p) < 2], "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
+
+
+def _dimensions(parameter: nn.Parameter) -> int:
+    """Of the full parameter, also where ZeRO 3 has cut it up and left a flat rest in its place."""
+    return len(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def build_optimizer(section: AnyOptim, module: nn.Module, fused: bool) -> torch.optim.Optimizer:

@@ -25,7 +25,14 @@ from lm_train.plan import Plan, flops_per_token
 from lm_train.recipe import Recipe, load
 from lm_train.rendezvous import meet
 from lm_train.runs import RunFolder
-from lm_train.strategy import LaunchedRank, build_strategy, casts_initial_weights, compile_network, trainer_precision
+from lm_train.strategy import (
+    LaunchedRank,
+    build_strategy,
+    casts_initial_weights,
+    compile_network,
+    shards_at_build,
+    trainer_precision,
+)
 from lm_train.tracking import loggers
 
 
@@ -50,8 +57,8 @@ def train(folder: RunFolder, resume_from: Path | None = None, callbacks: Sequenc
     datamodule.prepare(None if recipe.model.vocab_size == "auto" else recipe.model.vocab_size)
     done_before = checkpoint is not None and checkpoint.state["step"] >= plan.max_steps
     torch.manual_seed(recipe.seed)
-    # FSDP draws the initial weights where the shards are, unless there is nothing left to train
-    initialise = plan.strategy != "fsdp" or done_before
+    # shards get their initial weights where they are, unless there is nothing left to train
+    initialise = done_before or not shards_at_build(plan)
     net = models.build(recipe.model, plan, datamodule.vocab_size, initialise=initialise)
     module = CausalLanguageModel(net, recipe.optim, plan, recipe.seed)
     if plan.compile:

@@ -21,7 +21,7 @@ def set_initial_weights(views: Views, seed: int) -> None:
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         for name, shape in shapes.items():
-            full = torch.empty(shape)
+            full = torch.empty(shape, dtype=torch.float32)
             views.net.fill(name, full)  # type: ignore[operator]
             for view in own.get(name, []):
                 view.flat.copy_(full.flatten()[view.start : view.start + view.flat.numel()])

@@ -33,7 +33,7 @@ def build_strategy(plan: Plan, seed: int) -> Strategy:
         case "fsdp":
             return FullySharded(plan, seed)
         case "zero1" | "zero2" | "zero3" | "zero3_offload":
-            return Zero(plan)
+            return Zero(plan, seed)
 
 
 def trainer_precision(plan: Plan) -> str | None:
@@ -49,6 +49,11 @@ def trainer_precision(plan: Plan) -> str | None:
 def is_sharded(strategy: Strategy) -> bool:
     """Whether no rank alone holds all parameters, so that a forward pass is a matter of all of them."""
     return isinstance(strategy, FullySharded) or (isinstance(strategy, Zero) and strategy.zero_stage_3)
+
+
+def shards_at_build(plan: Plan) -> bool:
+    """Whether the strategy cuts the network up as it is built, so that no rank need hold it whole."""
+    return plan.strategy in ("fsdp", "zero3", "zero3_offload")
 
 
 def casts_initial_weights(plan: Plan) -> bool:
@@ -75,5 +80,6 @@ __all__ = [
     "clip_gradients",
     "compile_network",
     "is_sharded",
+    "shards_at_build",
     "trainer_precision",
 ]

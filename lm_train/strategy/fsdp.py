@@ -51,7 +51,7 @@ class FullySharded(ModelParallelStrategy):
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(self.seed)
             for name, parameter in net.named_parameters():
-                full = torch.empty(parameter.shape)
+                full = torch.empty(parameter.shape, dtype=torch.float32)
                 net.fill(name, full)  # type: ignore[operator]
                 copy_slice(full, parameter)
 

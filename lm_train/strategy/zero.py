@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.plugins.precision import DeepSpeedPrecision
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
-from torch import Tensor
+from torch import Tensor, nn
 
 from lm_train.plan import Plan
 from lm_train.rendezvous import COLLECTIVE_TIMEOUT
@@ -34,8 +36,10 @@ class Zero(DeepSpeedStrategy):
     `zero3_offload` keeps parameters and optimizer state in host memory between their uses and updates there.
     """
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, seed: int) -> None:
         self.on_cpu = plan.accelerator == "cpu"
+        self.seed = seed
+        self.low = {"32-true": torch.float32, "16-mixed": torch.float16}.get(plan.precision, torch.bfloat16)
         if self.on_cpu:
             os.environ["DS_ACCELERATOR"] = "cpu"  # read when deepspeed is first imported, below
         offload = plan.strategy == "zero3_offload"
@@ -64,6 +68,31 @@ class Zero(DeepSpeedStrategy):
         reset_seed()
         self.set_world_ranks()
         self._init_deepspeed_distributed()
+
+    @contextmanager
+    def model_sharded_context(self) -> Iterator[None]:
+        self._init_config_if_needed()
+        yield  # without zero.Init, which would draw initial weights in 16 bits; see `shard`
+
+    def shard(self, net: nn.Module) -> None:
+        """Stage 3: cuts up a network that was built on the meta device, so that no rank ever holds it whole.
+
+        Each full parameter exists for a moment, one at a time, drawn in fp32 as an unsharded build would have drawn it.
+        """
+        if not any(parameter.is_meta for parameter in net.parameters()):
+            return
+        import deepspeed
+
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(self.seed)
+            for prefix, module in net.named_modules():
+                own = dict(module.named_parameters(recurse=False))
+                for name, parameter in own.items():
+                    full = torch.empty(parameter.shape, dtype=torch.float32)
+                    net.fill(f"{prefix}.{name}", full)  # type: ignore[operator]
+                    setattr(module, name, nn.Parameter(full.to(self.low)))
+                if own:
+                    deepspeed.zero.Init(module=module, config_dict_or_path=self.config)
 
     @property
     def root_device(self) -> torch.device:
