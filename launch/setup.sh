@@ -54,9 +54,16 @@ say "installing into $venv (minutes the first time; torch alone is large)"
 # an installation that was cut off leaves a venv without pip
 "$venv/bin/python" -m pip --version >/dev/null 2>&1 || "$python" -m venv --clear "$venv"
 torch=$(grep '^torch==' "$root/constraints.txt")
-pip() { "$venv/bin/python" -m pip --disable-pip-version-check --no-input "$@" >&2; }
+log=$venv/pip.log
+: >"$log"
+pip() { "$venv/bin/python" -m pip --disable-pip-version-check --no-input "$@" >>"$log" 2>&1; }
 if ! { pip install --quiet "$torch" && pip install --quiet -c "$root/constraints.txt" -e "$root${extra:+[$extra]}"; }; then
-  say "the installation failed; the lines above say why. Without a network, run launch/setup.sh where there is one first"
+  if grep -q 'NewConnectionError\|ConnectTimeout\|NameResolutionError' "$log"; then
+    why="no package index can be reached from here; run launch/setup.sh where there is a network"
+  else
+    why=$(grep '^ERROR' "$log" | tail -n 1 || true)
+  fi
+  say "the installation failed: ${why:-pip ended without a word}. All of it: $log"
   exit 1
 fi
 echo "$wanted" >"$venv/.ready${extra:+-$extra}"

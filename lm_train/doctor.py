@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import socket
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from packaging.requirements import Requirement
 from lm_train.data.cache import cache_folder
 from lm_train.errors import ExitCode
 from lm_train.hardware import this_machine
+from lm_train.slurm import current_allocation
 
 LOW_DISK_BYTES = 5 << 30
 
@@ -77,10 +79,23 @@ def _devices() -> Iterator[Finding]:
 def _slurm() -> Iterator[Finding]:
     if shutil.which("sinfo") is None:
         yield Finding("note", "no Slurm on this machine")
-    elif os.environ.get("SLURM_JOB_ID"):
-        yield Finding("ok", f"inside Slurm job {os.environ['SLURM_JOB_ID']}")
-    else:
-        yield Finding("ok", "Slurm commands found")
+        return
+    if os.environ.get("SLURM_JOB_ID"):
+        step = current_allocation()
+        where = f", {step}: {step.nodes} nodes with {step.tasks_per_node} tasks each" if step else ""
+        yield Finding("ok", f"inside Slurm job {os.environ['SLURM_JOB_ID']}{where}")
+    # partition, nodes up and down of all, GPUs of a node, time limit
+    command = ["sinfo", "--noheader", "--format=%R|%F|%G|%l"]
+    try:
+        lines = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.splitlines()
+    except (OSError, subprocess.SubprocessError):
+        yield Finding("note", "Slurm's commands are here, its controller does not answer", "run sinfo to see why")
+        return
+    for line in lines:
+        partition, nodes, gpus, limit = line.split("|", 3)
+        _, idle, _, total = nodes.split("/")
+        shown = "no GPUs" if gpus == "(null)" else gpus
+        yield Finding("ok", f"Slurm partition {partition}: {idle} of {total} nodes idle, {shown} a node, limit {limit}")
 
 
 def _wandb() -> Iterator[Finding]:

@@ -106,7 +106,7 @@ class _Meeting:
         where = [names[place] if place < len(names) else f"node {place}" for place in places]
         return (
             f"rank{'s' if len(ranks) > 1 else ''} {_list(ranks)} on {_list(where) if names else 'this machine'} did not come "
-            f"within {self.timeout_s:g} s; the other {self.world - len(ranks)} are there"
+            f"within {self.timeout_s:g} s; {self.world - len(ranks)} of {self.world} are there"
         )
 
     def _open(self) -> tuple[dist.Store, str, int]:

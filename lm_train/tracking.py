@@ -10,7 +10,7 @@ import socket
 import sys
 import threading
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
@@ -52,6 +52,32 @@ class MetricsFile(Logger):
             file.write(json.dumps(row) + "\n")
 
 
+class _Wandb(WandbLogger):
+    """W&B without the power to end a run: Slurm ends its service process together with the ranks, which still save."""
+
+    lost = False
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        self._attempt(lambda: super(_Wandb, self).log_metrics(metrics, step))
+
+    def finish(self, exit_code: int) -> None:
+        """Ends the W&B run. Waits for its service: without that two offline files were once found incomplete."""
+        import wandb
+
+        self._attempt(lambda: wandb.finish(exit_code=exit_code))
+        self._attempt(wandb.teardown)
+
+    def _attempt(self, action: Callable[[], object]) -> None:
+        if self.lost:
+            return
+        try:
+            action()
+        except ConnectionError as error:
+            self.lost = True
+            print(f"W&B's own process has ended ({error}); metrics.jsonl has all rows", file=sys.stderr)
+
+
 @contextlib.contextmanager
 def loggers(recipe: Recipe, plan: Plan, folder: RunFolder, rank: int) -> Iterator[list[Logger]]:
     """The run's loggers; W&B on rank 0 only, finished at the end however it comes."""
@@ -65,13 +91,10 @@ def loggers(recipe: Recipe, plan: Plan, folder: RunFolder, rank: int) -> Iterato
         failed = False
     finally:
         if wandb_logger is not None:
-            import wandb
-
-            wandb.finish(exit_code=int(failed))
-            wandb.teardown()  # waits for the service: without it two offline files were once found incomplete on a busy machine
+            wandb_logger.finish(int(failed))
 
 
-def _wandb(recipe: Recipe, plan: Plan, folder: RunFolder) -> WandbLogger:
+def _wandb(recipe: Recipe, plan: Plan, folder: RunFolder) -> _Wandb:
     import wandb
 
     section = recipe.tracking
@@ -94,9 +117,7 @@ def _wandb(recipe: Recipe, plan: Plan, folder: RunFolder) -> WandbLogger:
     return _start(recipe, plan, folder, run_id, "offline")
 
 
-def _start(
-    recipe: Recipe, plan: Plan, folder: RunFolder, run_id: str, mode: Literal["online", "offline"]
-) -> WandbLogger:
+def _start(recipe: Recipe, plan: Plan, folder: RunFolder, run_id: str, mode: Literal["online", "offline"]) -> _Wandb:
     import wandb
 
     section = recipe.tracking
@@ -122,7 +143,7 @@ def _start(
         config={"recipe": recipe.model_dump(mode="json"), "plan": plan.model_dump(mode="json")},
         settings=settings,
     )
-    return WandbLogger(experiment=run)
+    return _Wandb(experiment=run)
 
 
 def _run_id(folder: RunFolder) -> str:

@@ -22,7 +22,8 @@ fail() { echo "slurm-cluster: $*" >&2; exit 1; }
 began() { sed 's/.*) //' "/proc/$1/stat" 2>/dev/null | cut -d' ' -f20; }
 runs() {
   local pid time
-  [ -s "$1" ] && read -r pid time <"$1" && [ -n "$time" ] && [ "$(began "$pid")" = "$time" ]
+  [ -s "$1" ] && read -r pid time <"$1" && [ -n "$time" ] && [ "$(began "$pid")" = "$time" ] &&
+    ! grep -q '^State:.Z' "/proc/$pid/status" # nobody may be there to bury it
 }
 background() { # background NAME COMMAND...
   local name=$1; shift

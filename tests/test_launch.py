@@ -252,10 +252,15 @@ def test_a_rank_that_dies_ends_the_run_and_is_named(launch) -> None:
     assert command.ranks() == {}
 
 
-def test_a_supervisor_that_is_killed_takes_its_ranks_along(launch) -> None:
+def test_a_run_has_one_supervisor_which_takes_its_ranks_along_when_it_is_killed(launch) -> None:
     command = launch("trainer.devices=2", *ENDLESS)
     command.wait_for_steps()
     assert set(command.ranks()) == {0, 1}
+    code, _, err = launch("trainer.devices=2", *ENDLESS).end()
+    assert code == 73
+    assert f"lm-train: runs/run is at work already (process {command.process.pid} on " in err.splitlines()[-1]
+    assert set(command.ranks()) == {0, 1}
+    assert not command.run.exit_code.exists()
     command.process.kill()
     deadline = time.monotonic() + 5
     while command.ranks() and time.monotonic() < deadline:

@@ -1,0 +1,177 @@
+"""How supervisors and ranks of one start find one another, without Slurm: folders, ports, and who is missing."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from lm_train import rendezvous
+from lm_train.attempt import Attempt, NotJoined, join, publish
+from lm_train.errors import OutputError
+from lm_train.hardware import Machine
+from lm_train.plan import Plan, make_plan
+from lm_train.recipe import load
+from lm_train.rendezvous import NotMet, _Meeting
+from lm_train.runs import Owner, RunFolder
+from lm_train.slurm import Allocation
+from tests.conftest import TINY
+
+
+def allocation(node: int = 0, restart: int = 0, job: str = "12") -> Allocation:
+    return Allocation(
+        job_id=job, step_id="0", nodes=2, tasks_per_node=1, node_rank=node, local_task=0, node_name=f"n{node + 1}",
+        restart_count=restart,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunFolder:
+    folder = RunFolder(tmp_path / "run")
+    folder.root.mkdir()
+    return folder
+
+
+@pytest.fixture
+def plan() -> Plan:
+    return make_plan(load([*TINY]), Machine(2, ()), allocation())
+
+
+def test_the_word_of_an_earlier_start_is_not_taken(run: RunFolder) -> None:
+    publish(run, allocation(), Path("step-5"))
+    with pytest.raises(NotJoined, match=r"n2 saw no start .*file system that all nodes share"):
+        join(run, allocation(1, restart=1), timeout_s=0.3)
+    taken = join(run, allocation(1), timeout_s=1)
+    assert taken.word() == (None, Path("step-5"))
+    with pytest.raises(NotJoined):  # the same step started a second time, by a loop around it
+        join(run, allocation(1), timeout_s=0.3)
+    publish(run, allocation())
+    again = join(run, allocation(1), timeout_s=1)
+    assert again.word() == (None, None)
+    assert again.folder != taken.folder
+
+
+def test_an_end_is_told_without_touching_the_start_under_way(run: RunFolder) -> None:
+    first = publish(run, allocation())
+    publish(run, allocation(job="13"), exit_code=73)
+    assert join(run, allocation(1, job="13"), timeout_s=1).word() == (73, None)
+    assert join(run, allocation(1), timeout_s=1).folder == first.folder
+
+
+def test_a_folder_has_one_owner_and_a_killed_one_frees_it_at_once(run: RunFolder) -> None:
+    program = (
+        "import sys, time; from lm_train.runs import Owner, RunFolder\n"
+        "with Owner(RunFolder(sys.argv[1]), None): print('held', flush=True); time.sleep(60)"
+    )
+    other = subprocess.Popen([sys.executable, "-c", program, str(run.root)], stdout=subprocess.PIPE, text=True)
+    assert other.stdout is not None
+    assert other.stdout.readline() == "held\n"
+    with pytest.raises(
+        OutputError, match=f"is at work already .process {other.pid} on {socket.gethostname()}."
+    ) as caught:
+        Owner(run, allocation())
+    assert caught.value.exit_code == 73
+    other.kill()
+    other.wait()
+    with Owner(run, allocation()):
+        assert "Slurm job 12" in (run.root / ".owner").read_text()
+
+
+def test_a_requeued_job_waits_for_its_earlier_start(run: RunFolder) -> None:
+    first = Owner(run, allocation())
+    threading.Timer(0.5, first.__exit__).start()
+    began = time.monotonic()
+    with Owner(run, allocation(restart=1)):
+        assert time.monotonic() - began > 0.4
+
+
+def meet(
+    attempt: Attempt, plan: Plan, ranks: tuple[int, ...], timeout_s: float = 10
+) -> dict[int, dist.Store | Exception]:
+    """Lets these ranks meet in threads of this process; returns their stores, or what they raised."""
+    found: dict[int, dist.Store | Exception] = {}
+
+    def come(rank: int) -> None:
+        try:
+            found[rank] = _Meeting(attempt, plan, rank, timeout_s).store()
+        except Exception as error:
+            found[rank] = error
+
+    threads = [threading.Thread(target=come, args=(rank,)) for rank in ranks]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found
+
+
+@pytest.fixture
+def quiet_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("MASTER_ADDR", "MASTER_PORT", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "NODE_RANK"):
+        monkeypatch.setenv(name, "0")  # so that it is put back
+        monkeypatch.delenv(name)
+
+
+@pytest.mark.usefixtures("quiet_environment")
+def test_a_taken_port_moves_on(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    one_node = make_plan(load([*TINY, "trainer.devices=2"]), Machine(2, ()))
+    with socket.socket() as other:
+        other.bind(("0.0.0.0", 0))
+        other.listen()
+        monkeypatch.setenv("LM_TRAIN_PORT", str(other.getsockname()[1]))
+        stores = meet(publish(run, None), one_node, (0, 1))
+        assert all(isinstance(store, dist.Store) for store in stores.values()), stores
+        assert other.getsockname()[1] < int(os.environ["MASTER_PORT"]) <= other.getsockname()[1] + rendezvous.TRIES
+
+
+@pytest.mark.usefixtures("quiet_environment")
+def test_the_port_is_the_jobs_and_the_rank_that_is_missing_is_named(
+    run: RunFolder, plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "4321")
+    monkeypatch.setenv("SLURM_STEP_NODELIST", "n[7-8]")
+    attempt = publish(run, allocation())
+    found = meet(attempt, plan, (0,), timeout_s=1)
+    assert isinstance(found[0], NotMet)
+    assert str(found[0]) == "rank 1 on n8 did not come within 1 s; 1 of 2 are there"
+    assert found[0].exit_code == 75
+    port = int(os.environ["MASTER_PORT"])
+    assert 15_000 + 4321 <= port < 15_000 + 4321 + rendezvous.TRIES
+
+
+def test_a_rank_that_finds_nobody_says_where_it_looked(run: RunFolder, plan: Plan) -> None:
+    attempt = publish(run, allocation())
+    error = meet(attempt, plan, (1,), timeout_s=0.5)[1]
+    assert isinstance(error, NotMet)
+    assert "rank 0 gave no address" in str(error)
+    with socket.socket() as silent:  # bound, and nobody listens
+        silent.bind(("127.0.0.1", 0))
+        port = silent.getsockname()[1]
+        attempt.address.write_text(f'{{"hosts": ["127.0.0.1"], "port": {port}, "token": "x"}}')
+        error = meet(attempt, plan, (1,), timeout_s=0.5)[1]
+    assert isinstance(error, NotMet)
+    assert f"cannot reach rank 0 within 0.5 s: 127.0.0.1:{port} (" in str(error)
+
+
+@pytest.mark.usefixtures("quiet_environment")
+def test_the_store_of_another_run_is_not_taken(run: RunFolder, plan: Plan) -> None:
+    other = dist.TCPStore("127.0.0.1", 0, 2, is_master=True, wait_for_workers=False)
+    other.set("token", "another")
+    attempt = publish(run, allocation())
+    attempt.address.write_text(f'{{"hosts": ["127.0.0.1"], "port": {other.port}, "token": "mine"}}')
+    error = meet(attempt, plan, (1,), timeout_s=0.5)[1]
+    assert isinstance(error, NotMet)
+    assert "another run answers there" in str(error)
+
+
+def test_the_interface_is_that_of_the_way_to_the_other_node() -> None:
+    assert rendezvous._interface_of(rendezvous._route_to("127.0.0.1")) == "lo"
+    assert rendezvous._interface_of("203.0.113.77") is None
+    assert rendezvous._route_to("no such host") is None
