@@ -307,6 +307,18 @@ model.n_embd=100 model.n_head=3 -> model.n_embd=100 is not a multiple of model.n
 data.micro_batch_size=5 -> data.global_batch_size=16 is not a multiple of data.micro_batch_size=5; try data.global_batch_size=15
 trainer.devices=3 -> data.global_batch_size=16 is not a multiple of trainer.devices=3
 trainer.strategy=single trainer.devices=2 -> trainer.strategy=single is one process, not trainer.devices=2
+trainer.strategy=fsdp trainer.precision=16-mixed -> try trainer.precision=bf16-mixed, or trainer.strategy=zero2
+trainer.strategy=fsdp optim=muon -> trainer.strategy=fsdp cuts them up; try trainer.strategy=ddp, or optim.kind=adamw
+trainer.strategy=zero1 optim=muon -> trainer.strategy=zero1 cuts them up
+trainer.strategy=zero3_offload optim=muon -> try trainer.strategy=ddp, or optim.kind=adamw
+trainer.strategy=zero2 optim=adagrad -> try trainer.strategy=fsdp, or optim.kind=adamw
+trainer.strategy=zero3 trainer.compile=true -> try trainer.strategy=fsdp, or trainer.compile=false
+trainer.strategy=zero3_offload trainer.compile=true -> try trainer.strategy=fsdp, or trainer.compile=false
+trainer.strategy=fsdp2 -> did you mean fsdp?
+trainer.strategy=deepspeed -> did you mean zero2?
+trainer.strategy=deepspeed_stage_3 -> did you mean zero3?
+trainer.strategy=zero -> did you mean zero2?
+trainer.strategy=zero4 -> did you mean zero
 debug=true trainer.devices=2 -> debug=true runs one process, not trainer.devices=2; try trainer.devices=1
 debug=true trainer.strategy=ddp -> debug=true runs one process; drop trainer.strategy
 trainer.early_stopping_patience=3 trainer.limit_val_batches=0 -> early stopping needs validations on the way

@@ -219,6 +219,7 @@ def test_table_is_a_line_a_decision_with_its_reason() -> None:
         "steps",
         "vocabulary",
         "parameters",
+        "state a rank",
     ]
     assert "2 x" not in lines[0]
     assert "1 x 2 gpu (NVIDIA H100 80GB HBM3)" in lines[0]
