@@ -48,7 +48,7 @@ def losses(folder: Path, name: str, words: tuple[str, ...], launcher: tuple[str,
     command = [*launcher, sys.executable, "-m", "lm_train", "train", *WORDS, *words, f"name={name}"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     if done.returncode == 2:
-        return done.stderr.strip().splitlines()[-1]
+        return next(line for line in done.stderr.splitlines() if line.startswith("lm-train:"))
     if done.returncode != 0:
         raise SystemExit(f"{' '.join(command)}\n{done.stderr}")
     rows = read_jsonl(RunFolder(folder / "runs" / name).metrics)
@@ -67,7 +67,7 @@ def main() -> None:
     else:
         layouts = {"1 process": (("trainer.devices=1",), ()), "2 processes": (("trainer.devices=2",), ())}
     if options.slurm:
-        layouts["2 Slurm nodes"] = ((), ("srun", "-N2", "--ntasks-per-node=1", "--kill-on-bad-exit=1"))
+        layouts["2 Slurm nodes"] = ((), ("srun", "-N2", "--ntasks-per-node=1"))
 
     with tempfile.TemporaryDirectory() as temporary:
         folder, rows = Path(temporary), []

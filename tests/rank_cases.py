@@ -21,6 +21,7 @@ from lm_train import models, signals
 from lm_train.callbacks import Sample
 from lm_train.data.text import TrainBatches
 from lm_train.errors import ExitCode
+from lm_train.optim import parameter_groups
 from lm_train.plan import Plan
 from lm_train.recipe import load
 from lm_train.runs import RunFolder
@@ -185,12 +186,14 @@ def state_bytes(folder: str) -> dict[str, int]:
 
 
 def count_bare(steps: int, accumulate: int, folder: str) -> dict[str, Any]:
-    """The same counts for a plain loop over the same network: DDP or FSDP2, clipping, SGD, nothing else."""
+    """The same counts for a plain loop over the same network: DDP, FSDP2 or DeepSpeed, clipping, SGD, nothing else."""
     if not dist.is_initialized():
         dist.init_process_group("gloo")
     torch.manual_seed(0)
     recipe, plan = load([f"recipe={RunFolder(folder).recipe}"]), Plan.read(RunFolder(folder).plan)
     net: Any = models.build(recipe.model, plan, vocab_size=257)
+    if plan.strategy.startswith("zero"):
+        return _count_bare_deepspeed(steps, accumulate, net, plan, recipe.model.block_size)
     if plan.strategy == "fsdp":
         for block in net.blocks:
             fully_shard(block)
@@ -207,6 +210,33 @@ def count_bare(steps: int, accumulate: int, folder: str) -> dict[str, Any]:
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
+
+    for _ in range(3):
+        step()
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        for _ in range(steps):
+            step()
+    return _counts(profiled)
+
+
+def _count_bare_deepspeed(steps: int, accumulate: int, net: Any, plan: Plan, block_size: int) -> dict[str, Any]:
+    import deepspeed
+
+    config = {
+        "train_micro_batch_size_per_gpu": plan.micro_batch_size,
+        "gradient_accumulation_steps": accumulate,
+        "gradient_clipping": 1.0,
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {"stage": int(plan.strategy[4])},
+    }
+    optimizer = torch.optim.SGD(parameter_groups(net.named_parameters(), 0.1), lr=1e-3, momentum=0.9)
+    engine, *_ = deepspeed.initialize(model=net, optimizer=optimizer, config=config, dist_init_required=False)
+    tokens = torch.randint(257, (plan.micro_batch_size, block_size))
+
+    def step() -> None:
+        for _ in range(accumulate):
+            engine.backward(engine(tokens, tokens) / tokens.numel())
+            engine.step()
 
     for _ in range(3):
         step()

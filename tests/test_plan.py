@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -303,3 +304,13 @@ def test_machine_without_nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     machine = this_machine()
     assert machine.gpus == ()
     assert machine.cpu_cores == len(os.sched_getaffinity(0))
+
+
+def test_compiling_without_a_compiler_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.delenv("CC", raising=False)
+    assert plan(CPU).compile is False
+    for machine, package in ((CPU, "g++"), (gpus(1), "gcc")):
+        with pytest.raises(UsageError, match=rf"apt-get install {re.escape(package)}, or trainer.compile=false"):
+            plan(machine, "trainer.compile=true")

@@ -235,8 +235,11 @@ def test_early_stopping_ends_both_ranks_where_it_ends_one(ranks: Ranks, new_run:
     assert json.loads((both.checkpoints / "latest").read_text())["step"] == steps
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-@pytest.mark.parametrize("accumulate", [1, 4])
+@pytest.mark.parametrize(
+    ("strategy", "accumulate"),
+    [("ddp", 1), ("ddp", 4), ("fsdp", 1), ("fsdp", 4), ("zero2", 1), pytest.param("zero1", 4, marks=pytest.mark.slow),
+     pytest.param("zero2", 4, marks=pytest.mark.slow), pytest.param("zero3", 1, marks=pytest.mark.slow)],
+)  # fmt: skip
 def test_a_step_has_no_collective_and_no_host_read_beyond_the_bare_loop(
     ranks: Ranks, new_run: NewRun, accumulate: int, strategy: str
 ) -> None:

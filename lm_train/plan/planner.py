@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from typing import Literal
 
 from lm_train.errors import UsageError
@@ -35,6 +37,7 @@ def make_plan(recipe: Recipe, machine: Machine, allocation: Allocation | None = 
     nodes = choose_nodes(recipe, allocation, problems)
     devices = choose_devices(recipe, machine, allocation, problems, reasons)
     precision = _precision(recipe, machine, problems, reasons)
+    _check_compiler(recipe, accelerator, problems)
     if not problems:
         check_batch(recipe, nodes, devices, allocation, problems)
     if problems:
@@ -89,6 +92,17 @@ def make_plan(recipe: Recipe, machine: Machine, allocation: Allocation | None = 
         peak_flops_per_device=machine.gpus[0].peak_flops if machine.gpus else None,
         reasons=reasons,
     )
+
+
+def _check_compiler(recipe: Recipe, accelerator: str, problems: list[str]) -> None:
+    """torch.compile writes C++ for a CPU; for a GPU Triton builds its launcher in C."""
+    compilers, package = (("CXX", "g++", "clang++"), "g++") if accelerator == "cpu" else (("CC", "gcc", "clang"), "gcc")
+    variable, *names = compilers
+    if recipe.trainer.compile and not any(map(shutil.which, filter(None, (os.environ.get(variable), *names)))):
+        problems.append(
+            f"trainer.compile: torch.compile needs a compiler, and {' or '.join(names)} is not here; apt-get install {package}, "
+            "or trainer.compile=false"
+        )
 
 
 def _precision(recipe: Recipe, machine: Machine, problems: list[str], reasons: dict[str, str]) -> Precision:
