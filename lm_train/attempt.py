@@ -15,10 +15,11 @@ import os
 import secrets
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from lm_train.errors import ExitCode, LMTrainError, OutputError
-from lm_train.runs import RunFolder, write_atomically
+from lm_train.runs import LEAVING_S, RunFolder, write_atomically
 from lm_train.slurm import Allocation
 
 JOIN_TIMEOUT_S = 60.0
@@ -29,7 +30,7 @@ POLL_S = 0.1
 class NotJoined(LMTrainError):
     """The primary's word did not come."""
 
-    exit_code = ExitCode.REQUEUE
+    exit_code = ExitCode.CANNOT_WRITE
 
 
 class Attempt:
@@ -44,11 +45,6 @@ class Attempt:
         content = json.loads((self.folder / "word.json").read_text(encoding="utf-8"))
         checkpoint = content["checkpoint"]
         return content["exit_code"], Path(checkpoint) if checkpoint else None
-
-    @property
-    def given_up(self) -> bool:
-        """Whether another start has cleared this one away."""
-        return not self.folder.exists()
 
 
 def publish(
@@ -80,13 +76,14 @@ def join(run: RunFolder, allocation: Allocation, timeout_s: float | None = None)
     """Waits for the primary's word and takes it.
 
     Args:
-        timeout_s: seconds; None: `LM_TRAIN_MEETING_TIMEOUT`, else a minute.
+        timeout_s: seconds; None: `LM_TRAIN_MEETING_TIMEOUT`, else a minute, and after a requeue what the primary may wait
+            for its earlier start.
 
     Raises:
         NotJoined: if it does not come.
     """
     if timeout_s is None:
-        timeout_s = meeting_timeout()
+        timeout_s = meeting_timeout() + (LEAVING_S if allocation.restart_count else 0)
     deadline = time.monotonic() + timeout_s
     mine = f"task-{allocation.node_rank}-{allocation.local_task}"
     while time.monotonic() < deadline:
@@ -101,6 +98,20 @@ def join(run: RunFolder, allocation: Allocation, timeout_s: float | None = None)
         f"{allocation.node_name} saw no start of {run.root} within {timeout_s:g} s; runs_dir={run.root.parent} must be on a "
         "file system that all nodes share, and its first node may have ended (see above)"
     )
+
+
+def goes_on_without(words: Sequence[str], allocation: Allocation, timeout_s: float = 5.0) -> bool:
+    """Whether the primary has started with the command that this task finds wrong, as when a file is missing on its node.
+
+    The recipe is not known here, so the start is looked for in all runs of the folder that the words name.
+    """
+    runs_dir = next((word.partition("=")[2] for word in words if word.startswith("runs_dir=")), "runs")
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        for folder in Path(runs_dir).glob(f"*/.start/{allocation.attempt}-*"):
+            return Attempt(folder).word()[0] is None
+        time.sleep(5 * POLL_S)
+    return False
 
 
 def meeting_timeout() -> float:

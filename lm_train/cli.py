@@ -66,9 +66,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _speaks(words: list[str]) -> bool:
     """Whether a wrong command is this process's to report: all tasks of a Slurm step find the same in it."""
-    from lm_train.slurm import speaks
+    from lm_train.slurm import current_allocation, speaks
 
-    return words[:1] != ["train"] or speaks()
+    if words[:1] != ["train"] or speaks():
+        return True
+    from lm_train.attempt import goes_on_without
+
+    try:
+        allocation = current_allocation()
+    except UsageError:
+        return False
+    return allocation is not None and goes_on_without(words, allocation)
 
 
 def _one_line(text: str) -> str:

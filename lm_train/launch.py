@@ -18,7 +18,7 @@ from lm_train.plan import Plan, make_plan, places
 from lm_train.recipe import Recipe
 from lm_train.runs import Owner, RunFolder
 from lm_train.slurm import Allocation, current_allocation
-from lm_train.supervisor import Supervisor, say, signals_forwarded
+from lm_train.supervisor import Report, Supervisor, say, signals_forwarded
 
 
 def train(recipe: Recipe) -> int:
@@ -86,18 +86,24 @@ def _follow(recipe: Recipe, machine: Machine, allocation: Allocation) -> int:
     try:
         # what is wrong here is wrong at the primary, too, if that does not go on
         attempt = join(folder, allocation, timeout_s=None if problem is None else 5.0)
-    except NotJoined:
-        if problem is not None:
-            return problem.exit_code
-        raise
+    except NotJoined as error:
+        if problem is None and allocation.local_task == 0:  # one line a node
+            say(f"lm-train: {error}")
+        return (problem or error).exit_code
     code, checkpoint = attempt.word()
     if code is not None:
         return code
-    if problem is not None:
-        say(f"lm-train: on {allocation.node_name}: {problem}")
-        folder.write_outcome(problem.exit_code)
-        return problem.exit_code
-    return _supervise(recipe, folder, Plan.read(folder.plan), machine, allocation, attempt, checkpoint)
+    plan = Plan.read(folder.plan)
+    try:
+        if problem is not None:
+            raise problem
+        return _supervise(recipe, folder, plan, machine, allocation, attempt, checkpoint)
+    except LMTrainError as error:
+        say(f"lm-train: on {allocation.node_name}: {error}")
+        task = allocation.node_rank * allocation.tasks_per_node + allocation.local_task
+        Report(task * plan.world_size // allocation.tasks, error.exit_code, str(error)).write(folder)
+        folder.write_outcome(error.exit_code)
+        return error.exit_code
 
 
 def _supervise(

@@ -34,7 +34,8 @@ def main() -> int:
         return signals.OUTSIDE_THE_LOOP + stop.exit_code
     except LMTrainError as error:
         _report(folder, str(error), error.exit_code)
-        return error.exit_code
+        # a process that ends with the code of an agreed stop has not failed
+        return error.exit_code if error.exit_code != ExitCode.REQUEUE else ExitCode.BUG
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
         code = _code_of(error, folder)

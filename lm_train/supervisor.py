@@ -46,6 +46,11 @@ class Report(NamedTuple):
         """Whether the message only says that another rank went away."""
         return any(words in self.message for words in _CUT_OFF)
 
+    def write(self, folder: RunFolder) -> None:
+        """Tells the other supervisors."""
+        with contextlib.suppress(OSError):  # a full disk is often the very error
+            write_atomically(folder.errors / f"rank-{self.rank}.json", json.dumps(self._asdict()))
+
 
 class Supervisor:
     """Runs the ranks of `places`. `stop` may be called from a signal handler at any time.
@@ -88,6 +93,9 @@ class Supervisor:
             other = self._cause_elsewhere(failure)
             if other is not None:
                 return other.exit_code, None
+            if failure is not None:
+                lost = f"lost the other ranks, of whose end nothing is known ({failure.message})"
+                failure = failure._replace(exit_code=ExitCode.REQUEUE, message=lost)
         if failure is not None:
             return failure.exit_code, failure
         return max(_meaning(rank.returncode) for rank in self.ranks), None
@@ -158,7 +166,7 @@ class Supervisor:
             report = self._read(place.rank)
             if report is None:
                 report = self._describe(place.rank, rank.returncode)
-                self._write(report)
+                report.write(self.folder)
             failures.append((0 if rank.returncode < 0 else 2 if report.is_cut_off else 1, report))
         return min(failures)[1] if failures else None
 
@@ -171,7 +179,7 @@ class Supervisor:
     def _stopped(self, code: int) -> int:
         """Tells the other supervisors that ranks were stopped where they do not agree."""
         if not self.alone:
-            self._write(Report(self.places[0].rank, code, "stopped", stopped=True))
+            Report(self.places[0].rank, code, "stopped", stopped=True).write(self.folder)
         return code
 
     def _cause_elsewhere(self, own: Report | None) -> Report | None:
@@ -209,10 +217,6 @@ class Supervisor:
             return Report(rank, content["exit_code"], content["message"], content.get("stopped", False))
         except (OSError, ValueError, KeyError):
             return None
-
-    def _write(self, report: Report) -> None:
-        with contextlib.suppress(OSError):  # a full disk is often the very error
-            write_atomically(self.folder.errors / f"rank-{report.rank}.json", json.dumps(report._asdict()))
 
     def stop(self, number: int, frame: FrameType | None) -> None:
         """Asks all ranks to stop at a step boundary; a second Ctrl-C kills them."""

@@ -286,6 +286,21 @@ def test_debug_inside_an_allocation(site: Site) -> None:
     assert re.fullmatch(r"gpt_debug-debug-\d+\.0", site.only_run().name)
 
 
+def test_a_folder_that_the_other_node_does_not_see_is_named_and_so_is_the_missing_rank(site: Site) -> None:
+    """Each node starts in a folder of its own, as where runs_dir is on a node's own disk."""
+    for node in ("0", "1"):
+        (site.folder / node).mkdir()
+    here = 'cd "$SLURM_NODEID" && exec "$0" "$@"'
+    done = site.run("srun", "--nodes=2", "bash", "-c", here, site.train, *site.words(), LM_TRAIN_MEETING_TIMEOUT="8")
+    assert done.returncode == 75
+    lines = sorted(line for line in done.stderr.splitlines() if line.startswith("lm-train:") and "warning" not in line)
+    assert len(lines) == 2, done.stderr
+    assert re.match(
+        r"lm-train: n2 saw no start of runs/gpt_debug-\d+.0 within 8 s; runs_dir=runs must be on a file", lines[0]
+    )
+    assert lines[1] == "lm-train: rank 0 on n1: rank 1 on n2 did not come within 8 s; 1 of 2 are there"
+
+
 @pytest.mark.slow
 def test_the_finished_job_ends_all_tasks_at_once(site: Site) -> None:
     options = ("--nodes=2", "--ntasks-per-node=1")
