@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from lm_train.runs import RunFolder, read_jsonl
+from lm_train.strategy.zero import LOSS_SCALE, _Precision
 from tests.conftest import TINY
 
 
@@ -49,3 +51,25 @@ def test_a_whole_run_without_a_compiler(tmp_path: Path, text_file: Path, strateg
     assert {file.name for file in (run.checkpoints / "step-6").iterdir()} == {
         "manifest.json", "state.json", "shard-0.safetensors", "shard-1.safetensors"
     }  # fmt: skip
+
+
+def test_the_loss_scale_of_fp16_comes_back() -> None:
+    """DeepSpeed's own scaler; it cannot train in fp16 on most CPUs."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler  # slow to import
+
+    scalers = [
+        DynamicLossScaler(2.0**16, scale_window=3, min_scale=1, delayed_shift=1, consecutive_hysteresis=False)
+        for _ in range(2)
+    ]
+    plugins = [_Precision("16-mixed"), _Precision("16-mixed")]
+    assert plugins[0].state_dict() == {}
+    for plugin, scaler in zip(plugins, scalers, strict=True):
+        plugin.scaler = scaler
+    for overflow in (True, False, False, False, False, True, False):
+        scalers[0].update_scale(overflow)
+    assert scalers[0].cur_scale != scalers[1].cur_scale
+    plugins[1].load_state_dict(json.loads(json.dumps(plugins[0].state_dict())))
+    for overflow in (False, False, False, True, False):
+        for scaler in scalers:
+            scaler.update_scale(overflow)
+        assert [getattr(scalers[1], key) for key in LOSS_SCALE] == [getattr(scalers[0], key) for key in LOSS_SCALE]

@@ -124,7 +124,8 @@ def _state_of(trainer: L.Trainer) -> dict[str, Any]:
 
 def restore_state(trainer: L.Trainer, state: dict[str, Any]) -> None:
     """Gives Lightning's parts what `state.json` remembers of them; settings such as patience stay the recipe's."""
-    if state["precision"]:
+    # torch's and DeepSpeed's gradient scalers have other states: from one to the other the scale starts anew
+    if state["precision"].keys() == trainer.precision_plugin.state_dict().keys():
         trainer.precision_plugin.load_state_dict(state["precision"])
     for callback in trainer.callbacks:
         if isinstance(callback, EarlyStopping) and "early_stopping" in state:
