@@ -6,7 +6,9 @@ if [ -z "${SLURM_STEP_ID:-}" ]; then
   "$root/launch/setup.sh"
 elif ! "$root/launch/setup.sh" check; then
   # compute nodes often have no network, and all tasks would install at once
-  if [ "${SLURM_PROCID:-0}" = 0 ]; then
+  if [ "${SLURM_PROCID:-0}" != 0 ]; then
+    sleep 5 # Slurm may end all tasks with the first that fails: the one that speaks goes first
+  else
     echo "lm-train: no environment in $root/.venv, or one of an older checkout: run launch/setup.sh on the login node" >&2
   fi
   exit 2

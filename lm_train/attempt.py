@@ -24,6 +24,9 @@ from lm_train.slurm import Allocation
 
 JOIN_TIMEOUT_S = 60.0
 """How long a supervisor waits for the primary's word; what the primary does before takes a second or two."""
+WRONG_S = 10.0
+"""How long a task that finds the command wrong leaves it to the primary to say so: with `--kill-on-bad-exit` the first task
+that ends with an error ends the others."""
 POLL_S = 0.1
 
 
@@ -100,7 +103,7 @@ def join(run: RunFolder, allocation: Allocation, timeout_s: float | None = None)
     )
 
 
-def goes_on_without(words: Sequence[str], allocation: Allocation, timeout_s: float = 5.0) -> bool:
+def goes_on_without(words: Sequence[str], allocation: Allocation, timeout_s: float = WRONG_S) -> bool:
     """Whether the primary has started with the command that this task finds wrong, as when a file is missing on its node.
 
     The recipe is not known here, so the start is looked for in all runs of the folder that the words name.

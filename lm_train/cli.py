@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 
@@ -70,11 +71,12 @@ def _speaks(words: list[str]) -> bool:
 
     if words[:1] != ["train"] or speaks():
         return True
-    from lm_train.attempt import goes_on_without
+    from lm_train.attempt import WRONG_S, goes_on_without
 
     try:
         allocation = current_allocation()
     except UsageError:
+        time.sleep(WRONG_S)
         return False
     return allocation is not None and goes_on_without(words, allocation)
 

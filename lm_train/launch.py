@@ -11,14 +11,17 @@ import socket
 from pathlib import Path
 
 from lm_train import runs
-from lm_train.attempt import Attempt, NotJoined, join, publish
+from lm_train.attempt import WRONG_S, Attempt, NotJoined, join, publish
 from lm_train.errors import ExitCode, LMTrainError, OutputError, UsageError
 from lm_train.hardware import Machine, this_machine
 from lm_train.plan import Plan, make_plan, places
 from lm_train.recipe import Recipe
 from lm_train.runs import Owner, RunFolder
 from lm_train.slurm import Allocation, current_allocation
-from lm_train.supervisor import Report, Supervisor, say, signals_forwarded
+from lm_train.supervisor import Report, Supervisor, say, signals_forwarded, within
+
+FINISH_S = 60.0
+"""How long the other supervisors leave rank 0's to finish after a stop."""
 
 
 def train(recipe: Recipe) -> int:
@@ -85,7 +88,7 @@ def _follow(recipe: Recipe, machine: Machine, allocation: Allocation) -> int:
     folder = RunFolder(Path(recipe.runs_dir) / name)
     try:
         # what is wrong here is wrong at the primary, too, if that does not go on
-        attempt = join(folder, allocation, timeout_s=None if problem is None else 5.0)
+        attempt = join(folder, allocation, timeout_s=None if problem is None else WRONG_S)
     except NotJoined as error:
         if problem is None and allocation.local_task == 0:  # one line a node
             say(f"lm-train: {error}")
@@ -121,6 +124,9 @@ def _supervise(
     supervisor = Supervisor(folder, plan, places(plan, machine, allocation), node_name)
     with signals_forwarded(supervisor):
         code, failure = supervisor.run(attempt, checkpoint)
+        if not primary and failure is None and code in (ExitCode.REQUEUE, ExitCode.INTERRUPTED):
+            # with --kill-on-bad-exit this task's end is the end of all, and rank 0 may still be sending to W&B
+            within(FINISH_S, folder.exit_code.exists)
     first = True
     if primary or code != ExitCode.DONE:
         try:

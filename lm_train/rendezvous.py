@@ -4,6 +4,7 @@ they are there. Who does not come is named; then the process group is made, and 
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -11,7 +12,7 @@ import secrets
 import socket
 import struct
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
@@ -86,13 +87,13 @@ class _Meeting:
 
     def store(self) -> dist.Store:
         """The store that all ranks have reached."""
-        store, host, port = self._open() if self.rank == 0 else self._reach()
+        store, host, port, own = self._open() if self.rank == 0 else self._reach()
         os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = host, str(port)
         try:
             store.set(f"rank/{self.rank}", self.node)
             store.add("arrived", 1)
             if self.plan.nodes > 1:
-                self._choose_interface(store, host)
+                self._choose_interface(store, host, own)
             if not self._wait(lambda: store.add("arrived", 0) >= self.world):
                 raise NotMet(self._missing(store))
         except dist.DistError as error:  # rank 0 ended while this one asked
@@ -109,8 +110,12 @@ class _Meeting:
             f"within {self.timeout_s:g} s; {self.world - len(ranks)} of {self.world} are there"
         )
 
-    def _open(self) -> tuple[dist.Store, str, int]:
-        """Rank 0 opens the store, at the job's port or the next free one, and tells where."""
+    def _open(self) -> tuple[dist.Store, str, int, str]:
+        """Rank 0 opens the store, at the job's port or the next free one, and tells where.
+
+        Returns:
+            The store, its host and port, and this end's address on the way there.
+        """
         port = _first_port()
         for number in [*range(port, port + TRIES), 0] if port else [0]:
             try:
@@ -125,23 +130,23 @@ class _Meeting:
         address = Address(hosts, store.port, secrets.token_hex(8))
         store.set("token", address.token)
         write_atomically(self.attempt.address, json.dumps(address._asdict()))
-        return store, address.hosts[0], store.port
+        return store, hosts[0], store.port, "127.0.0.1"
 
-    def _reach(self) -> tuple[dist.Store, str, int]:
+    def _reach(self) -> tuple[dist.Store, str, int, str]:
         if not self._wait(self.attempt.address.exists):
             raise NotMet(
                 f"rank 0 gave no address in {self.attempt.folder} within {self.timeout_s:g} s (seen from rank {self.rank} on "
                 f"{self.node}); is it on a file system that all nodes share?"
             )
         address = Address(**json.loads(self.attempt.address.read_text(encoding="utf-8")))
-        found: list[tuple[dist.Store, str]] = []
+        found: list[tuple[dist.Store, str, str]] = []
         tried: dict[str, str] = {}
 
         def reached() -> bool:
             for host in address.hosts:
                 signals.check()
                 try:
-                    found.append((_client(host, address, self.world), host))
+                    found.append(_client(host, address, self.world))
                     return True
                 except (OSError, RuntimeError) as error:
                     tried[host] = str(error).splitlines()[0]
@@ -152,7 +157,8 @@ class _Meeting:
                 f"rank {self.rank} on {self.node} cannot reach rank 0 within {self.timeout_s:g} s: "
                 + ", ".join(f"{host}:{address.port} ({why})" for host, why in tried.items())
             )
-        return *found[0], address.port
+        store, host, own = found[0]
+        return store, host, address.port, own
 
     def _wait(self, ready: Callable[[], bool]) -> bool:
         """Asks until it is so; False when the time is over. A signal ends it."""
@@ -165,18 +171,21 @@ class _Meeting:
             pause = min(pause * 1.5, 0.5)
         return True
 
-    def _choose_interface(self, store: dist.Store, host: str) -> None:
-        """Names the network interface that leads to the other nodes, where the user has not: gloo would take the one that
-        the host's own name resolves to, which on some systems is the loopback."""
-        node = int(os.environ.get("NODE_RANK", 0))
-        if node > 0:
-            target = host
-            store.set("elsewhere", _route_to(host) or "")
-        elif self._wait(lambda: store.check(["elsewhere"])):
-            target = store.get("elsewhere").decode()
+    def _choose_interface(self, store: dist.Store, host: str, own: str) -> None:
+        """Names the network interface between the nodes, where the user has not: gloo would take the one that the host's
+        own name resolves to, which on some systems is the loopback.
+
+        Args:
+            host: the address at which this rank has reached rank 0.
+            own: this end's address on that way.
+        """
+        if int(os.environ.get("NODE_RANK", 0)) > 0:
+            store.set("seen from elsewhere", host)
+        elif self._wait(lambda: store.check(["seen from elsewhere"])):
+            own = store.get("seen from elsewhere").decode()  # the first node's ranks meet over the loopback
         else:
-            return  # the missing ranks are named later
-        name = _interface_of(_route_to(target))
+            return  # who is missing is said next
+        name = next((name for name, address in _interfaces() if address == own), None)
         if name is not None:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
             os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={name}")
@@ -193,47 +202,35 @@ def _first_port() -> int:
     return FIRST_PORT + int(job) % PORTS
 
 
-def _client(host: str, address: Address, world: int) -> dist.TCPStore:
-    """Rank 0's store at this host.
+def _client(host: str, address: Address, world: int) -> tuple[dist.TCPStore, str, str]:
+    """Rank 0's store, if it is the one at this host; the numeric address of that host; and this end's on the way there.
 
     Raises:
         OSError, RuntimeError: if nobody answers there, or another one.
     """
-    socket.create_connection((host, address.port), timeout=3).close()  # TCPStore itself would try for minutes
-    store = dist.TCPStore(host, address.port, world, is_master=False, timeout=timedelta(seconds=10))
+    with socket.create_connection((host, address.port), timeout=3) as probe:  # TCPStore itself would try for minutes
+        there, here = probe.getpeername()[0], probe.getsockname()[0]
+    store = dist.TCPStore(there, address.port, world, is_master=False, timeout=timedelta(seconds=10))
     if not store.check(["token"]) or store.get("token").decode() != address.token:
         raise ConnectionError("another run answers there")
     store.set_timeout(COLLECTIVE_TIMEOUT)
-    return store
+    return store, there, here
 
 
 def _names_of_this_host(node: str) -> list[str]:
-    """By which other nodes may reach this host; the likeliest first."""
-    # the last one is the address on the way out; no packet is sent
-    return list(dict.fromkeys(name for name in (node, socket.gethostname(), _route_to("192.0.2.1")) if name))
+    """By which other nodes may reach this host: its names, then its addresses, as a name may resolve to the loopback."""
+    addresses = [address for _, address in _interfaces() if not address.startswith("127.")]
+    return list(dict.fromkeys([node, socket.gethostname(), *addresses]))
 
 
-def _route_to(host: str) -> str | None:
-    """The IPv4 address of this machine from which packets to `host` would go."""
-    try:
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.connect((host, 9))
-            return str(probe.getsockname()[0])
-    except OSError:
-        return None
-
-
-def _interface_of(address: str | None) -> str | None:
+def _interfaces() -> Iterator[tuple[str, str]]:
+    """Each network interface with its IPv4 address."""
     siocgifaddr = 0x8915
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for _, name in socket.if_nameindex():
-            try:
+            with contextlib.suppress(OSError):  # one without an IPv4 address
                 answer = fcntl.ioctl(probe.fileno(), siocgifaddr, struct.pack("256s", name.encode()[:15]))
-            except OSError:  # an interface without an IPv4 address
-                continue
-            if socket.inet_ntoa(answer[20:24]) == address:
-                return name
-    return None
+                yield name, socket.inet_ntoa(answer[20:24])
 
 
 def _list(items: Sequence[object]) -> str:

@@ -192,13 +192,13 @@ class Supervisor:
             causes[:] = [report for report in self._reports_elsewhere() if not report.is_cut_off]
             return bool(causes)
 
-        if not _within(CAUSE_S, found):
+        if not within(CAUSE_S, found):
             if own is not None:
                 return None
             causes = self._reports_elsewhere()
         if not causes[0].stopped:
             # its supervisor tells it; a task that leaves earlier with an error may have Slurm kill that one
-            _within(GRACE_S + CAUSE_S, self.folder.exit_code.exists)
+            within(GRACE_S + CAUSE_S, self.folder.exit_code.exists)
         return causes[0]
 
     def _reports_elsewhere(self) -> list[Report]:
@@ -267,7 +267,7 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _within(seconds: float, so: Callable[[], bool]) -> bool:
+def within(seconds: float, so: Callable[[], bool]) -> bool:
     deadline = time.monotonic() + seconds
     while not so():
         if time.monotonic() > deadline:

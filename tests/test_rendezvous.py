@@ -79,7 +79,7 @@ def test_a_folder_has_one_owner_and_a_killed_one_frees_it_at_once(run: RunFolder
         Owner(run, allocation())
     assert caught.value.exit_code == 73
     other.kill()
-    other.wait()
+    other.communicate()
     with Owner(run, allocation()):
         assert "Slurm job 12" in (run.root / ".owner").read_text()
 
@@ -171,7 +171,16 @@ def test_the_store_of_another_run_is_not_taken(run: RunFolder, plan: Plan) -> No
     assert "another run answers there" in str(error)
 
 
-def test_the_interface_is_that_of_the_way_to_the_other_node() -> None:
-    assert rendezvous._interface_of(rendezvous._route_to("127.0.0.1")) == "lo"
-    assert rendezvous._interface_of("203.0.113.77") is None
-    assert rendezvous._route_to("no such host") is None
+@pytest.mark.usefixtures("quiet_environment")
+def test_several_nodes_name_the_interface_between_them_unless_the_user_has(
+    run: RunFolder, plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert ("lo", "127.0.0.1") in rendezvous._interfaces()
+    assert "127.0.0.1" not in rendezvous._names_of_this_host("n1")
+    # the two threads share an environment: both stand for the second node's rank, but for what rank 0 opens
+    monkeypatch.setattr(rendezvous, "_names_of_this_host", lambda node: ["127.0.0.1"])
+    monkeypatch.setenv("NODE_RANK", "1")
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "mine")
+    stores = meet(publish(run, allocation()), plan, (0, 1))
+    assert all(isinstance(store, dist.Store) for store in stores.values()), stores
+    assert (os.environ["GLOO_SOCKET_IFNAME"], os.environ["NCCL_SOCKET_IFNAME"]) == ("lo", "mine")

@@ -250,18 +250,18 @@ def test_a_requeued_job_goes_on_in_its_folder_and_so_it_does_after_usr1(site: Si
     ("options", "words", "said"),
     [
         (
-            ("--nodes=2", "--ntasks=3"),
+            ("--kill-on-bad-exit=1", "--nodes=2", "--ntasks=3"),
             (),
             "has 2, 1 tasks on its 2 nodes, and training needs the same number on each; try srun",
         ),
-        (("--ntasks=2",), ("debug=true",), "debug=true is one process"),
+        (("--kill-on-bad-exit=1", "--ntasks=2"), ("debug=true",), "debug=true is one process"),
     ],
 )
 def test_what_contradicts_the_allocation_is_one_line(
     site: Site, options: tuple[str, ...], words: tuple[str, ...], said: str
 ) -> None:
     done = site.srun(*options, words=words)
-    assert done.returncode == 2
+    assert done.returncode in (2, 143), "srun reports the largest code, and the tasks that were ended have 143"
     lines = [line for line in done.stderr.splitlines() if not line.startswith(("srun:", "slurmstepd"))]
     assert len(lines) == 1, done.stderr
     assert said in lines[0]
