@@ -3,13 +3,14 @@
 #
 #   tests/slurm-cluster.sh start FOLDER PORT [NODES=4] [GPUS=2]   uses PORT .. PORT+NODES; prints `export SLURM_CONF=...`
 #   tests/slurm-cluster.sh stop FOLDER                            ends all of it, with every process of its jobs
+#   tests/slurm-cluster.sh stop-after FOLDER PID                  the same, as soon as process PID has ended
 #
 # Needs root and: apt-get install --no-install-recommends slurm-wlm munge. The GPUs are device files that compute nothing.
 set -euo pipefail
 export PATH=$PATH:/usr/sbin:/sbin LC_ALL=C
 
 command=${1:-} folder=${2:-}
-[[ $command =~ ^(start|stop)$ && $folder = /* ]] || { sed -n '2,7p' "$0" >&2; exit 2; }
+[[ $command =~ ^(start|stop|stop-after)$ && $folder = /* ]] || { sed -n '2,8p' "$0" >&2; exit 2; }
 conf=$folder/slurm.conf
 mark="# $conf"
 
@@ -136,4 +137,8 @@ stop() {
 case $command in
   start) start "${3:?port}" "${4:-4}" "${5:-2}" ;;
   stop) stop ;;
+  stop-after)
+    while kill -0 "${3:?pid}" 2>/dev/null; do sleep 1; done
+    if [ -e "$conf" ]; then stop; rm -rf "$folder"; fi
+    ;;
 esac

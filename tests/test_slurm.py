@@ -23,6 +23,7 @@ from tests.conftest import TINY
 ROOT = Path(__file__).resolve().parent.parent
 CLUSTER = ROOT / "tests" / "slurm-cluster.sh"
 NODES = 4
+SILENT = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
 STEPS = ("trainer.max_steps=20", "trainer.limit_val_batches=2")
 ENDLESS = ("trainer.max_steps=1000000", "trainer.log_every_n_steps=20", "checkpoint.every_n_steps=100000")
 
@@ -46,6 +47,8 @@ def cluster() -> Iterator[dict[str, str]]:
     started = subprocess.run(
         [CLUSTER, "start", folder, str(free_ports(NODES + 1)), str(NODES), "2"], capture_output=True, text=True
     )
+    # also where these tests are killed
+    subprocess.Popen([CLUSTER, "stop-after", folder, str(os.getpid())], start_new_session=True, **SILENT)
     try:
         assert started.returncode == 0, started.stderr
         # what a surrounding job would say of itself is not the cluster's
