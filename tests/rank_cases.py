@@ -149,6 +149,8 @@ class _StateBytes(L.Callback):
             gradients += [g for group in zero.averaged_gradients.values() for g in group or []]
         if hasattr(zero, "grad_partitions_flat_buffer"):
             gradients.append(zero.grad_partitions_flat_buffer)
+        for flats in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat"):
+            gradients += [flat.grad for flat in getattr(zero, flats, []) if flat.grad is not None]
         self.bytes["gradients"] = max(_storage_bytes(gradients), self.bytes.get("gradients", 0))
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:

@@ -41,6 +41,7 @@ def state_bytes(shapes: Shapes, strategy: Strategy, precision: Precision, optim:
         zero1         b N + b N + 4 (1 + s) N/W     fp32 masters beside parameters of any type
         zero2         b N + b n + 4 (1 + s) N/W     n = N/W and what reaches beyond the rank's part of a cut parameter
         zero3         b n + b n + 4 (1 + s) n       n = sum of ceil(N_i / W); small parameters are whole besides
+        zero3_offload as zero3, with fp32 gradients for the update besides; in host memory but for the small parameters
 
     Args:
         shapes: name and shape of every parameter, shared ones once.
@@ -69,7 +70,8 @@ def state_bytes(shapes: Shapes, strategy: Strategy, precision: Precision, optim:
         return StateBytes(low * sum(padded), low * gradients, 4 * (1 + states) * (sum(padded) // ranks))
     own = sum(-(-math.prod(shape) // ranks) for shape in sizes)
     small = sum(math.prod(shape) for shape in sizes if math.prod(shape) <= ZERO_PERSISTENT)
-    return StateBytes(low * (own + small), low * own, 4 * (1 + states) * own)
+    gradient = low + 4 if strategy == "zero3_offload" else low
+    return StateBytes(low * (own + small), gradient * own, 4 * (1 + states) * own)
 
 
 def _rounded_up(number: int, unit: int) -> int:

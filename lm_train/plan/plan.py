@@ -71,7 +71,8 @@ class Plan(BaseModel):
             "gradients": self.gradient_bytes,
             "optimizer": self.optimizer_bytes,
         }
-        return " + ".join(f"{size_of(size)} {name}" for name, size in parts.items())
+        where = " in host memory" if self.strategy == "zero3_offload" else ""
+        return " + ".join(f"{size_of(size)} {name}" for name, size in parts.items()) + where
 
     def table(self) -> str:
         """The plan for a person: one line a decision, with its reason where the recipe left it open."""

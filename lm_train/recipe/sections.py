@@ -263,6 +263,8 @@ AnyOptim = Annotated[AdamW | Adam | SGD | Adagrad | RMSprop | Muon, Field(discri
 
 class TrainerSection(Section):
     strategy: Literal["auto", "single", "ddp", "fsdp", "zero1", "zero2", "zero3", "zero3_offload"] = "auto"
+    """What the processes divide: nothing (single, ddp), optimizer state (zero1), gradients too (zero2), parameters too (fsdp,
+    zero3); zero3_offload keeps them in host memory. `auto`: single on one process, else ddp."""
     precision: Literal["auto", "32-true", "bf16-mixed", "bf16-true", "16-mixed"] = "auto"
     devices: PositiveIntOrAuto = "auto"
     """GPUs, or without a GPU processes, on this machine; `auto`: every GPU, else one process."""
