@@ -13,7 +13,7 @@ from lm_train.data.text import IGNORED, Batch
 from lm_train.optim import build_optimizer, learning_rate
 from lm_train.plan import Plan
 from lm_train.recipe import AnyOptim
-from lm_train.strategy import FullySharded, Zero, clip_gradients
+from lm_train.strategy import FullySharded, Norm, Zero, clip_gradients
 
 
 class CausalLanguageModel(L.LightningModule):
@@ -39,7 +39,7 @@ class CausalLanguageModel(L.LightningModule):
         self.plan = plan
         self.seed = seed
         self._totals: Tensor | None = None
-        self._grad_norm: Tensor | None = None
+        self._grad_norm: Norm | None = None
 
     def configure_model(self) -> None:
         """Called by Lightning before optimizers exist; a strategy that cuts the network up does it here."""
@@ -48,11 +48,11 @@ class CausalLanguageModel(L.LightningModule):
 
     @property
     def grad_norm(self) -> Tensor:
-        """Global 2-norm of the last optimizer step's gradient before clipping, ()."""
-        strategy = self.trainer.strategy
-        norm = strategy.grad_norm if isinstance(strategy, Zero) else self._grad_norm
-        assert norm is not None, "no optimizer step yet"
-        return norm
+        """Global 2-norm of the last optimizer step's gradient before clipping, (). Every rank asks, or none."""
+        if isinstance(self.trainer.strategy, Zero):
+            return self.trainer.strategy.grad_norm
+        assert self._grad_norm is not None, "no optimizer step yet"
+        return self._grad_norm.summed().value
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         # fp16's gradient scaler cannot clip for an optimizer that unscales inside its kernel

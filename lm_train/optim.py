@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from lm_train.models.transformer import Block
 from lm_train.recipe import AnyOptim
@@ -48,6 +49,7 @@ def build_optimizer(section: AnyOptim, module: nn.Module, fused: bool) -> torch.
         case "adam":
             return torch.optim.Adam(groups, rate, (section.beta1, section.beta2), section.eps, fused=fused)
         case "sgd":
+            fused &= not any(isinstance(p, DTensor) for p in module.parameters())  # torch 2.13 cannot shard that kernel
             return torch.optim.SGD(groups, rate, section.momentum, nesterov=section.nesterov, fused=fused)
         case "adagrad":
             return torch.optim.Adagrad(groups, rate, eps=section.eps)

@@ -6,12 +6,14 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import lightning.pytorch as L
 import torch
 from lightning.pytorch.callbacks import EarlyStopping
+from torch import nn
 
 from lm_train import data, models, runs
 from lm_train.callbacks import Checkpoints, DebugChecks, Metrics, Progress, Sample, StopAgreement
@@ -30,6 +32,8 @@ from lm_train.strategy import (
     build_strategy,
     casts_initial_weights,
     compile_network,
+    drawn,
+    read_by,
     shards_at_build,
     trainer_precision,
 )
@@ -57,9 +61,7 @@ def train(folder: RunFolder, resume_from: Path | None = None, callbacks: Sequenc
     datamodule.prepare(None if recipe.model.vocab_size == "auto" else recipe.model.vocab_size)
     done_before = checkpoint is not None and checkpoint.state["step"] >= plan.max_steps
     torch.manual_seed(recipe.seed)
-    # shards get their initial weights where they are, unless there is nothing left to train
-    initialise = done_before or not shards_at_build(plan)
-    net = models.build(recipe.model, plan, datamodule.vocab_size, initialise=initialise)
+    net = models.build(recipe.model, plan, datamodule.vocab_size, initialise=not shards_at_build(plan))
     module = CausalLanguageModel(net, recipe.optim, plan, recipe.seed)
     if plan.compile:
         compile_network(net, plan)
@@ -85,7 +87,9 @@ def train(folder: RunFolder, resume_from: Path | None = None, callbacks: Sequenc
             accelerator=plan.accelerator,
             devices=int(os.environ.get("LOCAL_WORLD_SIZE", plan.devices)),  # the GPUs that this process sees
             num_nodes=plan.nodes,
-            strategy=build_strategy(plan, recipe.seed),
+            strategy=build_strategy(
+                plan, read_by(checkpoint.fill) if checkpoint and done_before else drawn(recipe.seed)
+            ),
             plugins=[LaunchedRank()],
             precision=trainer_precision(plan),
             max_steps=plan.max_steps,
@@ -122,7 +126,8 @@ def train(folder: RunFolder, resume_from: Path | None = None, callbacks: Sequenc
         if rank == 0:
             _announce(recipe, plan, n_parameters, datamodule, resume_from)
         if checkpoint is not None and done_before:
-            _finish(trainer, module, datamodule, checkpoint, folder, sample)
+            build_whole = partial(models.build, recipe.model, plan, datamodule.vocab_size)
+            _finish(trainer, module, datamodule, checkpoint, folder, sample, build_whole)
         else:
             trainer.fit(module, datamodule=datamodule)
         if trainer.stop_code is not None:
@@ -177,10 +182,19 @@ def _finish(
     checkpoint: CheckpointReader,
     folder: RunFolder,
     sample: Sample,
+    build_whole: Callable[[], nn.Module],
 ) -> None:
-    """What is left of a run whose last step was saved and whose end was cut off: its last validation."""
-    checkpoint.load(views_of(module.net, None, trainer.global_rank, trainer.world_size))
-    sample.draw(module.net)
+    """What is left of a run whose last step was saved and whose end was cut off: its last validation, and the text.
+
+    Where the strategy will cut the network up, rank 0 alone draws the text, from a whole one on the host.
+    """
+    net: nn.Module | None = module.net
+    if shards_at_build(module.plan):
+        net = build_whole() if trainer.is_global_zero and sample.n_tokens else None
+    if net is not None:
+        checkpoint.load(views_of(net, None, trainer.global_rank, trainer.world_size))
+        sample.draw(net)
+    del net
     rows = runs.read_jsonl(folder.metrics)
     validated = any(row.get("step") == trainer.global_step and MONITOR in row for row in rows)
     if not validated and trainer.limit_val_batches:

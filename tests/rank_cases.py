@@ -21,7 +21,8 @@ from lm_train import models, signals
 from lm_train.callbacks import Sample
 from lm_train.data.text import TrainBatches
 from lm_train.errors import ExitCode
-from lm_train.optim import parameter_groups
+from lm_train.modules import CausalLanguageModel
+from lm_train.optim import build_optimizer, parameter_groups
 from lm_train.plan import Plan
 from lm_train.recipe import load
 from lm_train.runs import RunFolder
@@ -29,7 +30,11 @@ from lm_train.train import train
 
 
 def run(
-    folder: str, resume_from: str | None = None, fault: str | None = None, stop_at: int | None = None
+    folder: str,
+    resume_from: str | None = None,
+    fault: str | None = None,
+    stop_at: int | None = None,
+    poisoned: bool = False,
 ) -> dict[str, Any]:
     """Trains this rank's part of a run.
 
@@ -38,15 +43,24 @@ def run(
         resume_from: a checkpoint folder.
         fault: "data": rank 1 reads rank 0's samples; "gradient": rank 1's gradient of one tensor is doubled.
         stop_at: optimizer step after which rank 1 gets SIGTERM's flag.
+        poisoned: moving the module to the CPU, which here would change nothing, makes its parameters useless.
     """
     signals.forget()
     callbacks: list[L.Callback] = [_Fault(fault)] if fault else []
     if stop_at is not None:
         callbacks.append(_StopRankOne(stop_at))
     sampled = _Sampled()
+    if poisoned:
+        CausalLanguageModel.cpu = _poison  # type: ignore[method-assign]
     code = train(RunFolder(folder), Path(resume_from) if resume_from else None, [*callbacks, sampled])
     signals.forget()
     return {"code": int(code), "sample": sampled.text}
+
+
+def _poison(module: L.LightningModule) -> L.LightningModule:
+    for parameter in module.parameters():
+        parameter.data.fill_(float("nan"))
+    return module
 
 
 class _Sampled(L.Callback):
@@ -187,6 +201,19 @@ def state_bytes(folder: str) -> dict[str, int]:
     return measured.bytes
 
 
+def fused_steps(kind: str) -> float:
+    """One step of the fused optimizer, which only GPUs get by themselves, on a sharded layer; the sum of its weights."""
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
+    torch.manual_seed(0)
+    layer = fully_shard(nn.Linear(6, 4))
+    section = load(["recipe=gpt_debug", f"optim={kind}"]).optim
+    optimizer = build_optimizer(section, layer, fused=True)
+    layer(torch.ones(2, 6)).sum().backward()
+    optimizer.step()
+    return float(sum(p.full_tensor().sum() for p in layer.parameters()))  # type: ignore[attr-defined]
+
+
 def count_bare(steps: int, accumulate: int, folder: str) -> dict[str, Any]:
     """The same counts for a plain loop over the same network: DDP, FSDP2 or DeepSpeed, clipping, SGD, nothing else."""
     if not dist.is_initialized():
@@ -209,7 +236,8 @@ def count_bare(steps: int, accumulate: int, folder: str) -> dict[str, Any]:
         for micro in range(accumulate):
             net.require_backward_grad_sync = micro == accumulate - 1
             (net(tokens, tokens) / tokens.numel() / accumulate).backward()
-        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        if recipe.trainer.gradient_clip_val is not None:
+            torch.nn.utils.clip_grad_norm_(net.parameters(), recipe.trainer.gradient_clip_val)
         optimizer.step()
         optimizer.zero_grad()
 

@@ -176,6 +176,10 @@ class CheckpointReader:
             raise CheckpointError(f"{self.folder}: {name} {key} has no elements from {reached} on")
         return torch.cat(pieces) if pieces else torch.empty(0)
 
+    def fill(self, name: str, tensor: Tensor) -> None:
+        """Puts a parameter's saved value into a tensor of its full shape."""
+        tensor.copy_(self.read(name, PARAM, 0, tensor.numel()).view(tensor.shape))
+
     def load(self, views: Views) -> None:
         """Puts the saved values into a network, and into its optimizer where the views have one.
 
@@ -183,16 +187,18 @@ class CheckpointReader:
             CheckpointError: if model or optimizer are of another shape or kind.
         """
         self._check_shapes(views)
+        keys = {name: set(entry["keys"]) - {PARAM, BUFFER} for name, entry in self.manifest["tensors"].items()}
         if views.optimizer is not None:
             if type(views.optimizer).__name__ != self.manifest["optimizer"]:
                 raise CheckpointError(
                     f"{self.folder}: holds the state of {self.manifest['optimizer']}, the recipe asks for "
                     f"{type(views.optimizer).__name__}; keep optim.kind, or start a new run"
                 )
-            keys = {name: set(entry["keys"]) - {PARAM, BUFFER} for name, entry in self.manifest["tensors"].items()}
             views.make_states(keys, self.manifest["optimizer_step"])
         with torch.no_grad():
             for view in views.to_load():
+                if view.key != PARAM and view.key not in keys[view.name]:
+                    continue  # a state that the changed recipe brings starts at nothing
                 view.flat.copy_(self.read(view.name, view.key, view.start, view.flat.numel()))
             for name, buffer in persistent_buffers(views.net):
                 buffer.copy_(self.read(name, BUFFER, 0, buffer.numel()).view(buffer.shape))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from lm_train.checkpoint.views import PARAM, View, Views
+from lm_train.strategy.weights import drawn
 
 
 def set_initial_weights(views: Views, seed: int) -> None:
@@ -18,11 +19,10 @@ def set_initial_weights(views: Views, seed: int) -> None:
         if view.key == PARAM:
             own.setdefault(view.name, []).append(view)
     shapes = views.shapes()
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(seed)
+    with drawn(seed)(views.net) as fill:
         for name, shape in shapes.items():
             full = torch.empty(shape, dtype=torch.float32)
-            views.net.fill(name, full)  # type: ignore[operator]
+            fill(name, full)
             for view in own.get(name, []):
                 view.flat.copy_(full.flatten()[view.start : view.start + view.flat.numel()])
         views.loaded()

@@ -65,10 +65,15 @@ class Views(ABC):
 
     def make_states(self, keys: Mapping[str, set[str]], step: int | None) -> None:
         """Gives a fresh optimizer empty states of the given keys by parameter, as if it had made `step` steps."""
+        always: set[str] = set()
+        if isinstance(self.optimizer, torch.optim.RMSprop) and any(
+            g["momentum"] > 0 for g in self.optimizer.param_groups
+        ):
+            always = {"momentum_buffer"}  # torch asks for it wherever there is a state, as after a change of the recipe
         fused = self.optimizer is not None and any(group.get("fused") for group in self.optimizer.param_groups)
         for state, tensor, names in self.states():
             wanted = set().union(*(keys.get(name, set()) for name in names))
-            for key in wanted:
+            for key in wanted | always if wanted else ():
                 state[key] = torch.zeros_like(tensor)
             # a momentum alone (Muon's part of its optimizer) has no bias to correct
             if wanted and step is not None and wanted != {"momentum_buffer"}:

@@ -289,7 +289,7 @@ class TrainerSection(Section):
     cross_entropy_chunks: PositiveInt = 1
     """Pieces in which logits and loss are computed, so that only one piece of vocabulary x tokens is in memory."""
     compile: bool = False
-    """torch.compile on the network."""
+    """torch.compile on the network; with dropout it draws other numbers than without."""
     deterministic: bool = False
     """Refuse operations without a deterministic implementation."""
     sample_tokens: Count = 120

@@ -9,17 +9,18 @@ from lm_train.models.transformer import Block
 from lm_train.plan import Plan
 from lm_train.rendezvous import COLLECTIVE_TIMEOUT
 from lm_train.strategy.fsdp import FullySharded
-from lm_train.strategy.gradients import clip_gradients
+from lm_train.strategy.gradients import Norm, clip_gradients
 from lm_train.strategy.launched import LaunchedRank
+from lm_train.strategy.weights import Weights, drawn, read_by
 from lm_train.strategy.zero import Zero
 
 
-def build_strategy(plan: Plan, seed: int) -> Strategy:
+def build_strategy(plan: Plan, weights: Weights) -> Strategy:
     """The Lightning strategy that the plan names.
 
     Args:
         plan: names strategy, precision and accelerator.
-        seed: of the initial weights, which sharded strategies draw where the shards are.
+        weights: where a strategy that cuts the network up as it is built gets the values of the shards from.
     """
     match plan.strategy:
         case "single":
@@ -31,9 +32,9 @@ def build_strategy(plan: Plan, seed: int) -> Strategy:
                 gradient_as_bucket_view=True,  # gradients live in the buckets: one copy of them less
             )
         case "fsdp":
-            return FullySharded(plan, seed)
+            return FullySharded(plan, weights)
         case "zero1" | "zero2" | "zero3" | "zero3_offload":
-            return Zero(plan, seed)
+            return Zero(plan, weights)
 
 
 def trainer_precision(plan: Plan) -> str | None:
@@ -74,12 +75,15 @@ def compile_network(net: nn.Module, plan: Plan) -> None:
 __all__ = [
     "FullySharded",
     "LaunchedRank",
+    "Norm",
     "Zero",
     "build_strategy",
     "casts_initial_weights",
     "clip_gradients",
     "compile_network",
+    "drawn",
     "is_sharded",
+    "read_by",
     "shards_at_build",
     "trainer_precision",
 ]

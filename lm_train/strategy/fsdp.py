@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 from lm_train.models.transformer import Block
 from lm_train.plan import Plan
 from lm_train.rendezvous import COLLECTIVE_TIMEOUT
+from lm_train.strategy.weights import Weights
 
 
 class FullySharded(ModelParallelStrategy):
@@ -20,39 +21,35 @@ class FullySharded(ModelParallelStrategy):
     the mesh are given because Lightning's `auto` makes all ranks of a node one tensor-parallel group.
     """
 
-    def __init__(self, plan: Plan, seed: int) -> None:
+    def __init__(self, plan: Plan, weights: Weights) -> None:
         super().__init__(
             data_parallel_size=plan.world_size,
             tensor_parallel_size=1,
             process_group_backend="nccl" if plan.accelerator == "gpu" else "gloo",
             timeout=COLLECTIVE_TIMEOUT,
         )
-        self.seed = seed
+        self.weights = weights
         # bf16 for what is gathered and computed, fp32 for what is summed and kept
         mixed = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         self.policy = mixed if plan.precision == "bf16-mixed" else MixedPrecisionPolicy()
 
     def shard(self, net: nn.Module) -> None:
-        """Shards a network. One that was built on the meta device also gets its initial weights, shard by shard.
+        """Shards a network that was built on the meta device, and gives its shards their values.
 
-        Each full parameter exists for a moment on the host, one at a time, drawn as an unsharded build would have drawn it.
+        Each full parameter exists for a moment on the host, one at a time.
         """
         if isinstance(net, FSDPModule):
             return
-        without_weights = any(parameter.is_meta for parameter in net.parameters())
         mesh = self.device_mesh["data_parallel"]
         for module in net.modules():
             if isinstance(module, Block):
                 fully_shard(module, mesh=mesh, mp_policy=self.policy)
         fully_shard(net, mesh=mesh, mp_policy=self.policy)
-        if not without_weights:
-            return
         net.to_empty(device=self.root_device)
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
-            torch.manual_seed(self.seed)
+        with self.weights(net) as fill:
             for name, parameter in net.named_parameters():
                 full = torch.empty(parameter.shape, dtype=torch.float32)
-                net.fill(name, full)  # type: ignore[operator]
+                fill(name, full)
                 copy_slice(full, parameter)
 
 

@@ -3,26 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 
-def clip_gradients(parameters: Iterable[nn.Parameter], largest: float | None) -> Tensor:
+class Norm(NamedTuple):
+    """A 2-norm, (); of this rank's shards only where `is_part`."""
+
+    value: Tensor
+    is_part: bool
+
+    def summed(self) -> Norm:
+        """The norm over all ranks: a collective if this is a part."""
+        if not self.is_part:
+            return self
+        squared = self.value.square()
+        dist.all_reduce(squared)
+        return Norm(squared.sqrt(), is_part=False)
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], largest: float | None) -> Norm:
     """Scales all gradients so that their global 2-norm is at most `largest`; None leaves them as they are.
 
-    Sharded gradients (DTensor) cost one collective for all of them together.
+    Sharded gradients (DTensor) cost one collective for all of them together, and none where nothing is clipped.
 
     Returns:
-        The norm before, ().
+        The norm before; a part where gradients are sharded and nothing is clipped.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
-    if isinstance(norm, DTensor):
-        norm = norm.full_tensor()
+    local = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
+    norm = Norm(torch.nn.utils.get_total_norm(local), is_part=any(isinstance(g, DTensor) for g in gradients))
     if largest is not None:
-        local = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
-        factor = torch.clamp(largest / (norm + 1e-6), max=1.0)  # as torch.nn.utils.clip_grads_with_norm_ has it
+        norm = norm.summed()
+        factor = torch.clamp(largest / (norm.value + 1e-6), max=1.0)  # as torch.nn.utils.clip_grads_with_norm_ has it
         torch._foreach_mul_(local, factor)
     return norm

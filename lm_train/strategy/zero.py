@@ -7,6 +7,9 @@ What is done otherwise than in Lightning 2.6 and DeepSpeed 0.19, and why:
     out, so that no compiler is needed.
   * Initial weights are drawn in fp32, also where parameters are kept in 16 bits, and under stage 3 one parameter at a time.
 
+DeepSpeed 0.19 itself, in the one step of about 1000 in which fp16's loss scale grows, unscales the gradient by the new
+scale: that update is half as large and clipped at twice the threshold (read in its source and seen).
+
 DeepSpeed itself reads values on the host in every optimizer step, which waits for the device: five in stages 1 and 2, one
 in stage 3 (norm and overflow; counted on the CPU with 0.19.8 in the tests, the same without lm_train).
 """
@@ -27,6 +30,7 @@ from torch import Tensor, nn
 
 from lm_train.plan import Plan
 from lm_train.rendezvous import COLLECTIVE_TIMEOUT
+from lm_train.strategy.weights import Weights
 
 LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 """What DeepSpeed's DynamicLossScaler changes as it goes."""
@@ -54,9 +58,9 @@ class Zero(DeepSpeedStrategy):
     `zero3_offload` keeps parameters and optimizer state in host memory between their uses and updates there.
     """
 
-    def __init__(self, plan: Plan, seed: int) -> None:
+    def __init__(self, plan: Plan, weights: Weights) -> None:
         self.on_cpu = plan.accelerator == "cpu"
-        self.seed = seed
+        self.weights = weights
         self.low = {"32-true": torch.float32, "16-mixed": torch.float16}.get(plan.precision, torch.bfloat16)
         if self.on_cpu:
             os.environ["DS_ACCELERATOR"] = "cpu"  # read when deepspeed is first imported, below
@@ -95,19 +99,18 @@ class Zero(DeepSpeedStrategy):
     def shard(self, net: nn.Module) -> None:
         """Stage 3: cuts up a network that was built on the meta device, so that no rank ever holds it whole.
 
-        Each full parameter exists for a moment, one at a time, drawn in fp32 as an unsharded build would have drawn it.
+        Each full parameter exists for a moment, one at a time, in fp32.
         """
         if not any(parameter.is_meta for parameter in net.parameters()):
             return
         import deepspeed
 
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
-            torch.manual_seed(self.seed)
+        with self.weights(net) as fill:
             for prefix, module in net.named_modules():
                 own = dict(module.named_parameters(recurse=False))
                 for name, parameter in own.items():
                     full = torch.empty(parameter.shape, dtype=torch.float32)
-                    net.fill(f"{prefix}.{name}", full)  # type: ignore[operator]
+                    fill(f"{prefix}.{name}", full)
                     setattr(module, name, nn.Parameter(full.to(self.low)))
                 if own:
                     deepspeed.zero.Init(module=module, config_dict_or_path=self.config)
@@ -116,6 +119,14 @@ class Zero(DeepSpeedStrategy):
         super().init_deepspeed()
         if self.low == torch.float16 and self.optimizers:
             self.precision_plugin.scaler = self.optimizers[0].loss_scaler
+
+    def teardown(self) -> None:
+        """As Lightning's, but for moving the module to the CPU: what follows works on the parameters that stage 3 holds."""
+        assert self.cluster_environment is not None
+        assert self.accelerator is not None
+        self.cluster_environment.teardown()
+        self.precision_plugin.teardown()
+        self.accelerator.teardown()
 
     @property
     def root_device(self) -> torch.device:
