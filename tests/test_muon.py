@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lm_train import checkpoint, dry_run, runs
+from lm_train import checkpoint, runs
 from lm_train.checkpoint import CheckpointReader, views_of
 from lm_train.models import GPT, Decoder, Llama
 from lm_train.optim import Muon, build_optimizer, hidden_matrices
+from lm_train.plan import checkpoint_bytes
 from lm_train.recipe import GPT as GPTSection
 from lm_train.recipe import Llama as LlamaSection
 from lm_train.recipe import load
@@ -177,5 +178,6 @@ def test_bytes_of_a_checkpoint(tmp_path: Path) -> None:
     checkpoint.save(tmp_path / "step-1", views_of(net, optimizer), {"step": 1})
     tensors: list[Tensor] = list(net.parameters())
     tensors += [value for state in optimizer.state.values() for key, value in state.items() if key != "step"]
-    assert dry_run._checkpoint_bytes(recipe, net) == sum(4 * tensor.numel() for tensor in tensors)
+    shapes = [(name, tuple(parameter.shape)) for name, parameter in net.named_parameters()]
+    assert checkpoint_bytes(shapes, "single", "32-true", recipe.optim) == sum(4 * tensor.numel() for tensor in tensors)
     assert isinstance(optimizer, Muon)
