@@ -10,6 +10,7 @@ elif ! "$root/launch/setup.sh" check; then
     sleep 5 # Slurm may end all tasks with the first that fails: the one that speaks goes first
   else
     echo "lm-train: no environment in $root/.venv, or one of an older checkout: run launch/setup.sh on the login node" >&2
+    sleep 1 # for the line to reach srun before the step ends
   fi
   exit 2
 fi

@@ -186,11 +186,18 @@ def _warnings(recipe: Recipe, machine: Machine, allocation: Allocation | None) -
         warnings.append(
             f"optim.warmup_steps={warmup} is not shorter than trainer.max_steps={steps}: the learning rate {peak}"
         )
+    nodes = os.environ.get("SLURM_JOB_NUM_NODES", "1")
+    if allocation is None and "SLURM_JOB_ID" in os.environ and nodes != "1":
+        warnings.append(
+            f"Slurm job {os.environ['SLURM_JOB_ID']} has {nodes} nodes, this runs on {socket.gethostname()} alone; srun "
+            "launch/train.sh uses them all"
+        )
     if allocation is not None and not machine.gpus:
         if allocation.gpus_on_node:
+            given = f"{allocation.gpus_on_node} GPU{'s' if allocation.gpus_on_node > 1 else ''}"
             warnings.append(
-                f"{allocation} has {allocation.gpus_on_node} GPUs on {allocation.node_name}, nvidia-smi shows none: training "
-                "on the CPU"
+                f"{allocation} has {given} on {allocation.node_name}, nvidia-smi shows none: training on the CPU; see "
+                "nvidia-smi there, or give the job up with scancel"
             )
         else:
             warnings.append(f"{allocation} has no GPU: training on the CPU; srun --gpus-per-node=1 asks for one")

@@ -104,6 +104,8 @@ def choose_devices(
                 f"{key}: {asked} ranks on each node do not divide over its {tasks} tasks; try srun "
                 f"--ntasks-per-node={asked}, or --ntasks-per-node=1"
             )
+        elif tasks > 1 and asked != tasks:
+            reasons[key] = f"{allocation} has {tasks} tasks on each node: {asked // tasks} processes each"
         return asked
     if recipe.trainer.strategy == "single":
         reasons[key] = "trainer.strategy=single is one process"

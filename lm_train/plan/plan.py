@@ -63,6 +63,9 @@ class Plan(BaseModel):
     def read(cls, file: Path) -> Plan:
         return cls.model_validate_json(file.read_text(encoding="utf-8"))
 
+    def _reason(self, key: str) -> str:
+        return self.reasons.get(key, "as asked" if key.startswith("trainer.") else "")
+
     def _state(self) -> str:
         if self.parameter_bytes is None or self.gradient_bytes is None or self.optimizer_bytes is None:
             return "known with the vocabulary"
@@ -92,9 +95,7 @@ class Plan(BaseModel):
             ("state a rank", self._state(), ""),
         ]
         width = max(len(value) for _, value, _ in rows)
-        return "\n".join(
-            f"  {name:<13} {value:<{width}}  {self.reasons.get(key, '')}".rstrip() for name, value, key in rows
-        )
+        return "\n".join(f"  {name:<13} {value:<{width}}  {self._reason(key)}".rstrip() for name, value, key in rows)
 
 
 def size_of(number: int) -> str:
