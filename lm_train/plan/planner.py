@@ -66,11 +66,6 @@ def make_plan(recipe: Recipe, machine: Machine, allocation: Allocation | None = 
         reasons["data.num_workers"] = (
             "packed tokens are read from memory-mapped files faster than a worker can send them"
         )
-    for asked in ("devices", "strategy", "precision"):
-        if getattr(recipe.trainer, asked) != "auto":
-            reasons.setdefault(
-                f"trainer.{asked}", "debug=true" if recipe.debug else "as the recipe or the command says"
-            )
     return Plan(
         accelerator=accelerator,
         device_name=machine.gpus[0].name if machine.gpus else f"{machine.cpu_cores} cores",
