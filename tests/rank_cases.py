@@ -6,6 +6,7 @@ import json
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -241,6 +242,10 @@ def count_bare(steps: int, accumulate: int, folder: str) -> dict[str, Any]:
         optimizer.step()
         optimizer.zero_grad()
 
+    return _counted(step, steps)
+
+
+def _counted(step: Callable[[], None], steps: int) -> dict[str, Any]:
     for _ in range(3):
         step()
     with profile(activities=[ProfilerActivity.CPU]) as profiled:
@@ -268,12 +273,7 @@ def _count_bare_deepspeed(steps: int, accumulate: int, net: Any, plan: Plan, blo
             engine.backward(engine(tokens, tokens) / tokens.numel())
             engine.step()
 
-    for _ in range(3):
-        step()
-    with profile(activities=[ProfilerActivity.CPU]) as profiled:
-        for _ in range(steps):
-            step()
-    return _counts(profiled)
+    return _counted(step, steps)
 
 
 def main() -> None:
