@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -10,13 +12,13 @@ from lm_train import models
 from lm_train.errors import ExitCode
 from lm_train.hardware import this_machine
 from lm_train.modules import parameter_table
-from lm_train.plan import checkpoint_bytes, make_plan, size_of
+from lm_train.plan import DataFacts, Plan, checkpoint_bytes, known_facts, make_plan, size_of
 from lm_train.recipe import Recipe
 from lm_train.runs import DEBUG_SUFFIX, run_name
 from lm_train.slurm import current_allocation
 
-UNKNOWN_VOCABULARY = 256
-"""Assumed for the count where only the corpus can tell (characters)."""
+ASSUMED: dict[str, Any] = {"vocab_size": 256, "input_shape": (1, 28, 28), "n_outputs": 10}
+"""For the count, where only the data can tell."""
 
 
 def dry_run(recipe: Recipe) -> int:
@@ -29,13 +31,13 @@ def dry_run(recipe: Recipe) -> int:
     plan = make_plan(recipe, this_machine(), allocation)
     if allocation is not None and not allocation.is_primary:
         return ExitCode.DONE
+    facts, assumed = _assumed(plan, known_facts(recipe))
     with torch.device("meta"):
-        net = models.build(recipe.model, plan, plan.vocab_size or UNKNOWN_VOCABULARY)
+        net = models.build(recipe.model, plan, facts)
     print(f"recipe {recipe.recipe}\nplan\n{plan.table()}\nparameters")
     for name, count in parameter_table(net):
         print(f"  {name:<20} {count:>15,}")
     total = sum(p.numel() for p in net.parameters())
-    assumed = "" if plan.vocab_size else f"  (with {UNKNOWN_VOCABULARY} characters; the corpus decides)"
     print(f"  {'total':<20} {total:>15,}{assumed}")
     title = f"{recipe.recipe}{DEBUG_SUFFIX if recipe.debug else ''}-N"
     run = Path(recipe.runs_dir) / (run_name(recipe, allocation) or title)
@@ -48,3 +50,17 @@ def dry_run(recipe: Recipe) -> int:
         f"  {run}/checkpoints/step-N {when}, about {size_of(saved)} each"
     )
     return ExitCode.DONE
+
+
+def _assumed(plan: Plan, facts: DataFacts) -> tuple[DataFacts, str]:
+    """The facts with assumptions in place of what is not known, and what was assumed, for a person."""
+    wanted = (
+        ["vocab_size"]
+        if plan.task in ("causal_lm", "masked_lm", "seq2seq")
+        else ["vocab_size", "input_shape", "n_outputs"]
+    )
+    missing = {name: ASSUMED[name] for name in wanted if getattr(facts, name) is None}
+    if not missing or plan.n_parameters is not None:
+        return dataclasses.replace(facts, **missing), ""
+    said = ", ".join(f"{name}={value}" for name, value in missing.items())
+    return dataclasses.replace(facts, **missing), f"  (with {said}; the data decide)"

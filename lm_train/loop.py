@@ -1,10 +1,11 @@
-"""Lightning's Trainer with a training loop that counts optimizer steps, and three of its habits taken away.
+"""Lightning's Trainer with a training loop that counts optimizer steps, and four of its habits taken away.
 
 The names replaced here are private to Lightning; the constructor asserts that they exist, and the tests count what they
 are for. Seen in lightning 2.6.6:
   * every micro batch broadcasts a SIGTERM flag and waits for it on the host (github.com/Lightning-AI/pytorch-lightning
     issue 21487);
   * signal handlers save, or broadcast, inside the handler, and hang (issue 21406);
+  * 16-bit precisions round every float of a batch, targets and weights of the loss with the inputs;
   * a requested stop runs a whole validation first, which a preempted job has no time for.
 """
 
@@ -61,6 +62,7 @@ class StepTrainer(L.Trainer):
             )
         self._signal_connector = _NoSignals(self)
         epoch_loop._broadcast_sigterm_tensor = lambda: None
+        self.precision_plugin.convert_input = lambda batch: batch
         epoch_loop._should_check_val_fx = lambda data_fetcher: self.validation_is_due
 
     def start_at(self, step: int) -> None:

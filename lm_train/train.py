@@ -15,15 +15,16 @@ import torch
 from lightning.pytorch.callbacks import EarlyStopping
 from torch import nn
 
-from lm_train import data, models, runs
+from lm_train import data, models, modules, runs
 from lm_train.callbacks import Checkpoints, DebugChecks, Metrics, Progress, Sample, StopAgreement
 from lm_train.callbacks.checkpoints import MONITOR, restore_state
 from lm_train.callbacks.debugging import overfit_one_batch
 from lm_train.checkpoint import CheckpointReader, set_initial_weights, views_of
+from lm_train.data import DataModule, TextDataModule
 from lm_train.errors import CheckpointError, ExitCode
 from lm_train.loop import StepTrainer
-from lm_train.modules import CausalLanguageModel
-from lm_train.plan import Plan, flops_per_token
+from lm_train.modules import TrainingModule
+from lm_train.plan import Plan, flops_per_sample
 from lm_train.recipe import Recipe, load
 from lm_train.rendezvous import meet
 from lm_train.runs import RunFolder
@@ -57,31 +58,31 @@ def train(folder: RunFolder, resume_from: Path | None = None, callbacks: Sequenc
     meet(plan)
     checkpoint = CheckpointReader(resume_from) if resume_from else None
 
-    datamodule = data.build(recipe.data, plan, recipe.model.block_size, recipe.seed, folder.tokenizer)
-    datamodule.prepare(None if recipe.model.vocab_size == "auto" else recipe.model.vocab_size)
+    datamodule = data.build(recipe.data, plan, recipe.seed, folder)
+    datamodule.prepare(recipe.model)
     done_before = checkpoint is not None and checkpoint.state["step"] >= plan.max_steps
     torch.manual_seed(recipe.seed)
-    net = models.build(recipe.model, plan, datamodule.vocab_size, initialise=not shards_at_build(plan))
-    module = CausalLanguageModel(net, recipe.optim, plan, recipe.seed)
+    net = models.build(recipe.model, plan, datamodule.facts, initialise=not shards_at_build(plan))
+    module = modules.build(net, recipe, plan, datamodule)
     if plan.compile:
         compile_network(net, plan)
 
     n_parameters = sum(p.numel() for p in net.parameters())
     metrics = Metrics(
         plan,
-        flops_per_token(recipe.model, n_parameters),
+        flops_per_sample(recipe.model, plan.task, datamodule.facts, n_parameters),
         recipe.trainer.log_every_n_steps,
         gpu_hours=_hours_before(checkpoint, folder),
         started=float(os.environ.get("LM_TRAIN_STARTED", 0)),
     )
-    fingerprint = datamodule.corpus.fingerprint
+    fingerprint = datamodule.fingerprint
     saving = Checkpoints(
         recipe.checkpoint,
         folder,
         metrics,
         state=lambda: {"gpu_hours": metrics.gpu_hours, "seed": recipe.seed, "data": fingerprint},
     )
-    sample = Sample(datamodule.corpus.tokenizer, recipe.trainer.sample_tokens, recipe.seed)
+    sample = _sample(recipe, datamodule, net)
     with loggers(recipe, plan, folder, rank) as run_loggers:
         trainer = StepTrainer(
             accelerator=plan.accelerator,
@@ -115,7 +116,7 @@ def train(folder: RunFolder, resume_from: Path | None = None, callbacks: Sequenc
                 Progress(metrics),
                 *_early_stopping(recipe),
                 saving,
-                sample,
+                *([sample] if sample is not None else []),
                 *([DebugChecks()] if recipe.debug else []),
                 *callbacks,
             ],
@@ -126,7 +127,7 @@ def train(folder: RunFolder, resume_from: Path | None = None, callbacks: Sequenc
         if rank == 0:
             _announce(recipe, plan, n_parameters, datamodule, resume_from)
         if checkpoint is not None and done_before:
-            build_whole = partial(models.build, recipe.model, plan, datamodule.vocab_size)
+            build_whole = partial(models.build, recipe.model, plan, datamodule.facts)
             _finish(trainer, module, datamodule, checkpoint, folder, sample, build_whole)
         else:
             trainer.fit(module, datamodule=datamodule)
@@ -137,7 +138,7 @@ def train(folder: RunFolder, resume_from: Path | None = None, callbacks: Sequenc
             trainer.test(module, datamodule=datamodule, verbose=False)
     if recipe.debug:
         _check_overfit(recipe, plan, datamodule, trainer)
-    if rank == 0 and sample.text is not None:
+    if rank == 0 and sample is not None and sample.text is not None:
         print(f"--- sample ---\n{sample.text}\n--- end of sample ---", flush=True)
     return ExitCode.DONE
 
@@ -177,11 +178,11 @@ def _restoring(checkpoint: CheckpointReader | None, fingerprint: str) -> list[L.
 
 def _finish(
     trainer: StepTrainer,
-    module: CausalLanguageModel,
-    datamodule: data.TextDataModule,
+    module: TrainingModule,
+    datamodule: DataModule,
     checkpoint: CheckpointReader,
     folder: RunFolder,
-    sample: Sample,
+    sample: Sample | None,
     build_whole: Callable[[], nn.Module],
 ) -> None:
     """What is left of a run whose last step was saved and whose end was cut off: its last validation, and the text.
@@ -190,10 +191,11 @@ def _finish(
     """
     net: nn.Module | None = module.net
     if shards_at_build(module.plan):
-        net = build_whole() if trainer.is_global_zero and sample.n_tokens else None
+        net = build_whole() if trainer.is_global_zero and sample is not None else None
     if net is not None:
         checkpoint.load(views_of(net, None, trainer.global_rank, trainer.world_size))
-        sample.draw(net)
+        if sample is not None:
+            sample.draw(net)
     del net
     rows = runs.read_jsonl(folder.metrics)
     validated = any(row.get("step") == trainer.global_step and MONITOR in row for row in rows)
@@ -232,26 +234,29 @@ def _limit(batches: int | None, there: bool) -> int | float:
     return 0 if not there else 1.0 if batches is None else batches
 
 
-def _announce(
-    recipe: Recipe, plan: Plan, n_parameters: int, datamodule: data.TextDataModule, resume_from: Path | None
-) -> None:
-    info = datamodule.corpus.tokens("train").info()
-    tokens = "tokens still being counted" if info is None else f"{info.tokens:,} training tokens"
+def _sample(recipe: Recipe, datamodule: DataModule, net: nn.Module) -> Sample | None:
+    """What draws text at the end, where the network can and the recipe asks for it."""
+    if not isinstance(datamodule, TextDataModule) or not hasattr(net, "generate") or not recipe.trainer.sample_tokens:
+        return None
+    return Sample(datamodule.tokenizer, recipe.trainer.sample_tokens, recipe.seed)
+
+
+def _announce(recipe: Recipe, plan: Plan, n_parameters: int, datamodule: DataModule, resume_from: Path | None) -> None:
     print(
-        f"{recipe.recipe}: {n_parameters:,} parameters, {datamodule.corpus.label} ({tokens}), {plan.strategy} on "
-        f"{plan.world_size} {plan.accelerator}, {plan.precision}, {plan.max_steps:,} steps of {plan.tokens_per_step:,} tokens",
+        f"{recipe.recipe}: {n_parameters:,} parameters, {datamodule.label} ({datamodule.size_in_words()}), {plan.strategy} on "
+        f"{plan.world_size} {plan.accelerator}, {plan.precision}, {plan.steps_in_words()}",
         file=sys.stderr,
     )
     if resume_from is not None:
         print(f"resuming from {resume_from}", file=sys.stderr, flush=True)
 
 
-def _check_overfit(recipe: Recipe, plan: Plan, datamodule: data.TextDataModule, trainer: StepTrainer) -> None:
+def _check_overfit(recipe: Recipe, plan: Plan, datamodule: DataModule, trainer: StepTrainer) -> None:
     checks = next(c for c in trainer.callbacks if isinstance(c, DebugChecks))
     assert checks.first_batch is not None
     torch.manual_seed(recipe.seed)
-    fresh = models.build(recipe.model, plan, datamodule.vocab_size).to(trainer.strategy.root_device)
-    overfit_one_batch(fresh, checks.first_batch)
+    fresh = models.build(recipe.model, plan, datamodule.facts).to(trainer.strategy.root_device)
+    overfit_one_batch(modules.build(fresh, recipe, plan, datamodule), checks.first_batch)
 
 
 def _quieten(plan: Plan) -> None:

@@ -214,10 +214,10 @@ data.tokenizer=nowhere/tokenizer.json -> data.tokenizer: no such file or folder:
 data.path=nofile.txt -> data.path: no such file or folder: 'nofile.txt'; a hub name looks like owner/name
 data.path= -> data.path: expected text; got nothing
 data=text -> data.path: data=text needs it; give data.path=VALUE
-data= -> data.kind: expected embedded, text; got nothing
-data=null -> data.kind: expected embedded, text; got null
-data=[1] -> data.kind: expected embedded, text; got [1]
-data.kind="{a: 1}" -> data.kind: expected embedded, text; got {'a': 1}
+data= -> data.kind: expected embedded, text, text_classes, images, table, pairs, custom; got nothing
+data=null -> data.kind: expected embedded, text, text_classes, images, table, pairs, custom; got null
+data=[1] -> data.kind: expected embedded, text, text_classes, images, table, pairs, custom; got [1]
+data.kind="{a: 1}" -> data.kind: expected embedded, text, text_classes, images, table, pairs, custom; got {'a': 1}
 data.val_fraction=0.1 -> did you mean data=text, which has val_fraction?
 data=text data.pth=input.txt -> data.pth: no such key; did you mean data.path?
 data=text data.kind=embedded -> data and data.kind: given twice; keep one
@@ -227,8 +227,9 @@ optim=moun -> did you mean optim=muon?
 optim.ns_steps=6 -> did you mean optim=muon, which has ns_steps?
 optim=muon optim.ns_steps=100 -> optim.ns_steps: expected an integer of at least 1 and below 100; got 100
 optim=lion optim.momentum=0.9 -> optim.kind: expected adamw, adam, sgd, adagrad, rmsprop, muon; got 'lion'
-model=bert -> model.kind: expected gpt, llama; got 'bert'
-model=lama -> model.kind: expected gpt, llama; got 'lama'; did you mean model=llama?
+model=berta -> model.kind: expected gpt, llama, bert, seq2seq, recurrent, mlp, cnn, resnet, hf, custom; got 'berta'
+model=resnet -> model.kind: model=resnet does not take data=embedded; it takes data=images
+model=lama -> model.kind: expected gpt, llama, bert, seq2seq, recurrent, mlp, cnn, resnet, hf, custom; got 'lama'
 model.n_kv_head=2 -> model.n_kv_head: no such key; did you mean model=llama, which has n_kv_head?
 model.num_key_value_heads=2 -> did you mean model=llama, which has n_kv_head?
 model=llama model.num_key_value_heads=2 -> did you mean model.n_kv_head?

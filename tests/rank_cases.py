@@ -24,7 +24,7 @@ from lm_train.data.text import TrainBatches
 from lm_train.errors import ExitCode
 from lm_train.modules import CausalLanguageModel
 from lm_train.optim import build_optimizer, parameter_groups
-from lm_train.plan import Plan
+from lm_train.plan import DataFacts, Plan
 from lm_train.recipe import load
 from lm_train.runs import RunFolder
 from lm_train.train import train
@@ -70,7 +70,7 @@ class _Sampled(L.Callback):
     text: str | None = None
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        self.text = next(callback for callback in trainer.callbacks if isinstance(callback, Sample)).text
+        self.text = next((callback.text for callback in trainer.callbacks if isinstance(callback, Sample)), None)
 
 
 class _Fault(L.Callback):
@@ -221,7 +221,7 @@ def count_bare(steps: int, accumulate: int, folder: str) -> dict[str, Any]:
         dist.init_process_group("gloo")
     torch.manual_seed(0)
     recipe, plan = load([f"recipe={RunFolder(folder).recipe}"]), Plan.read(RunFolder(folder).plan)
-    net: Any = models.build(recipe.model, plan, vocab_size=257)
+    net: Any = models.build(recipe.model, plan, DataFacts(vocab_size=257))
     if plan.strategy.startswith("zero"):
         return _count_bare_deepspeed(steps, accumulate, net, plan, recipe.model.block_size)
     if plan.strategy == "fsdp":

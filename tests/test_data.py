@@ -106,15 +106,9 @@ def test_every_layout_sees_the_same_global_batches(layout: tuple[int, int, int],
 
 
 def loader_of_rank(module: TextDataModule, rank: int) -> TrainBatches:
-    return TrainBatches(
-        module.corpus.tokens("train"),
-        module.block_size,
-        module.plan,
-        rank,
-        module.seed,
-        module.start_step,
-        module.streaming,
-    )
+    batches = module.train_batches(rank)
+    assert isinstance(batches, TrainBatches)
+    return batches
 
 
 def test_loader_workers_change_nothing(tmp_path: Path) -> None:
@@ -185,7 +179,7 @@ def test_waiting_time_is_counted(tmp_path: Path) -> None:
 
 
 def evaluation(module: TextDataModule, rank: int, world: int, micro: int) -> list[dict[str, torch.Tensor]]:
-    batches = EvalBatches(module.corpus.tokens("val"), module.block_size, plan_of(world, micro), rank)
+    batches = EvalBatches(module.corpus.tokens("val"), plan_of(world, micro), rank)
     return [batches[i] for i in range(len(batches))]
 
 

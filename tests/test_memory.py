@@ -92,13 +92,13 @@ from torch.distributed.fsdp import fully_shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from lm_train import models
 from lm_train.hardware import Machine
-from lm_train.plan import make_plan
+from lm_train.plan import known_facts, make_plan
 from lm_train.recipe import load
 
 recipe = load([f"recipe={sys.argv[1]}", "trainer.devices=8"])
 plan = make_plan(recipe, Machine(cpu_cores=8, gpus=()))
 with torch.device("meta"):
-    net = models.build(recipe.model, plan, plan.vocab_size, initialise=False)
+    net = models.build(recipe.model, plan, known_facts(recipe), initialise=False)
 if plan.strategy == "fsdp":
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)
     mesh = init_device_mesh("cpu", (8,))

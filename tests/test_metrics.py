@@ -11,7 +11,7 @@ from typing import Any
 import lightning.pytorch as L
 import pytest
 
-from lm_train.plan import flops_per_token
+from lm_train.plan import flops_per_sample, known_facts
 from lm_train.recipe import load
 from lm_train.runs import RunFolder, read_jsonl
 from lm_train.train import train
@@ -49,8 +49,8 @@ def test_times_and_rates_fit_each_other(new_run: NewRun) -> None:
         seconds = row["perf/step_seconds"]
         assert row["perf/tokens_per_second"] == pytest.approx(256 / seconds)
         assert row["perf/samples_per_second"] == pytest.approx(16 / seconds)
-        flops = flops_per_token(recipe.model, n_parameters)
-        assert row["perf/mfu"] == pytest.approx(row["perf/tokens_per_second"] * flops / 1e12)
+        flops = flops_per_sample(recipe.model, "causal_lm", known_facts(recipe), n_parameters)
+        assert row["perf/mfu"] == pytest.approx(row["perf/samples_per_second"] * flops / 1e12)
         assert 0 <= row["perf/data_wait_seconds"] < seconds
         assert row["memory/peak_bytes"] > 100e6
         assert row["tokens"] == row["step"] * 256

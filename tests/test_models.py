@@ -14,7 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from lm_train.generate import sample_text
 from lm_train.models import GPT, Decoder, Llama
 from lm_train.models.transformer import Block, chunked_cross_entropy
-from lm_train.plan import padded_vocab_size, parameter_count, parameter_shapes
+from lm_train.plan import DataFacts, padded_vocab_size, parameter_count, parameter_shapes
 from lm_train.recipe import GPT as GPTSection
 from lm_train.recipe import Llama as LlamaSection
 
@@ -264,8 +264,9 @@ def test_shapes_by_formula(kind: str, bias: bool) -> None:
     section = SECTIONS[kind].model_copy(update={"bias": bias} if kind == "gpt" else {"n_kv_head": 2 if bias else 1})
     net = (GPT if kind == "gpt" else Llama)(section, 50, initialise=False)
     wanted = [(name, tuple(p.shape)) for name, p in net.named_parameters()]
-    assert list(parameter_shapes(section, padded_vocab_size(50))) == wanted
-    assert parameter_count(section, padded_vocab_size(50)) == sum(p.numel() for p in net.parameters())
+    shapes = parameter_shapes(section, "causal_lm", DataFacts(vocab_size=50))
+    assert shapes == wanted
+    assert parameter_count(shapes) == sum(p.numel() for p in net.parameters())
 
 
 @both_kinds

@@ -12,7 +12,7 @@ import pytest
 
 from lm_train.errors import UsageError
 from lm_train.hardware import GPU, Machine, this_machine
-from lm_train.plan import Plan, flops_per_token, make_plan, parameter_count
+from lm_train.plan import Plan, make_plan
 from lm_train.recipe import load
 
 CPU = Machine(cpu_cores=6, gpus=())
@@ -187,13 +187,11 @@ def test_vocabulary_and_counts() -> None:
     made = make_plan(recipe, gpus(8))
     assert made.vocab_size == 50257
     assert made.n_parameters == 124_475_904  # nanoGPT's 124,439,808 and 47 padding rows of 768
-    assert made.n_parameters == parameter_count(recipe.model, 50304)
-    assert made.flops_per_token == 6 * made.n_parameters + 12 * 12 * 768 * 1024
-    assert made.flops_per_token == flops_per_token(recipe.model, made.n_parameters)
+    assert made.flops_per_sample == 1024 * (6 * made.n_parameters + 12 * 12 * 768 * 1024)
     assert plan(CPU, "data.tokenizer=bytes").vocab_size == 257
     unknown = plan(CPU, "data.tokenizer=chars")
-    assert (unknown.vocab_size, unknown.n_parameters, unknown.flops_per_token) == (None, None, None)
-    assert "known with the vocabulary" in unknown.table()
+    assert (unknown.vocab_size, unknown.n_parameters, unknown.flops_per_sample) == (None, None, None)
+    assert "known with the data" in unknown.table()
 
 
 # the plan itself
@@ -217,6 +215,7 @@ def test_table_is_a_line_a_decision_with_its_reason() -> None:
         "strategy",
         "precision",
         "global batch",
+        "task",
         "steps",
         "vocabulary",
         "parameters",

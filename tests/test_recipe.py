@@ -121,6 +121,10 @@ def test_other_kind_keeps_what_all_kinds_share() -> None:
     assert embedded.data.kind == "embedded"
     assert embedded.data.global_batch_size == small.data.global_batch_size == 512
     assert embedded.data.tokenizer == "bpe:2048"  # gpt2 went with the kind
+    images = load(["recipe=gpt_small", "data=images", "model=mlp"])
+    assert images.data.global_batch_size == 512
+    assert not hasattr(images.data, "tokenizer")
+    assert load(["recipe=gpt_small", "model=llama"]).model.n_embd == small.model.n_embd
     assert not hasattr(embedded.data, "path")
     sgd = load(["recipe=gpt_small", "optim.kind=sgd"])
     assert (sgd.optim.kind, sgd.optim.learning_rate) == ("sgd", small.optim.learning_rate)

@@ -9,7 +9,7 @@ import torch
 
 from lm_train import cli, dry_run, models
 from lm_train.hardware import GPU, Machine
-from lm_train.plan import make_plan
+from lm_train.plan import known_facts, make_plan
 from lm_train.recipe import Recipe, load, shipped_recipes
 
 NAMES = tuple(shipped_recipes())
@@ -60,7 +60,7 @@ def test_plan_counts_the_real_parameters(name: str) -> None:
         recipe = recipe_of(name, f"model.vocab_size={ASSUMED_VOCABULARY}")
         plan = make_plan(recipe, LAPTOP)
     with torch.device("meta"):
-        net = models.build(recipe.model, plan, plan.vocab_size or ASSUMED_VOCABULARY)
+        net = models.build(recipe.model, plan, known_facts(recipe))
     assert plan.n_parameters == sum(p.numel() for p in net.parameters())
 
 

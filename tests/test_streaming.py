@@ -35,7 +35,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def growing(tmp_path: Path, steps: int = 30, micro: int = 2) -> tuple[TokenFile, TrainBatches]:
     tokens = TokenFile(tmp_path, "train", 1000)
     return tokens, TrainBatches(
-        tokens, BLOCK, plan_of(micro=micro, steps=steps), 0, seed=3, start_step=0, streaming=True
+        tokens, plan_of(micro=micro, steps=steps, block_size=BLOCK), 0, seed=3, start_step=0, streaming=True
     )
 
 

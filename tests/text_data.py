@@ -9,17 +9,21 @@ from typing import Any
 import numpy as np
 
 from lm_train.data import TextDataModule, build
+from lm_train.data.batches import Split
 from lm_train.data.corpus import Corpus, prepare_corpus
-from lm_train.data.source import Split
 from lm_train.plan import Plan
-from lm_train.recipe import TextData
+from lm_train.recipe import GPT, TextData
+from lm_train.runs import RunFolder
 
 SHARED = Path(__file__).parents[2] / "shared"
 """Real data beside the checkout, where there are any."""
 
 
-def plan_of(world: int = 1, micro: int = 2, accumulate: int = 1, steps: int = 10, workers: int = 0) -> Plan:
+def plan_of(
+    world: int = 1, micro: int = 2, accumulate: int = 1, steps: int = 10, workers: int = 0, block_size: int = 4
+) -> Plan:
     return Plan(
+        task="causal_lm",
         accelerator="cpu",
         device_name="test",
         nodes=1,
@@ -37,11 +41,11 @@ def plan_of(world: int = 1, micro: int = 2, accumulate: int = 1, steps: int = 10
         threads_per_rank=1,
         vocab_size=None,
         n_parameters=None,
-        flops_per_token=None,
+        flops_per_sample=None,
         parameter_bytes=None,
         gradient_bytes=None,
         optimizer_bytes=None,
-        tokens_per_step=1,
+        block_size=block_size,
         peak_flops_per_device=None,
         reasons={},
     )
@@ -51,8 +55,10 @@ def prepared(
     path: Path, plan: Plan, block_size: int = 4, seed: int = 1, vocab_size: int | None = None, **section: Any
 ) -> TextDataModule:
     options = {"tokenizer": "bytes"} | section
-    module = build(TextData(path=str(path), **options), plan, block_size, seed, path.with_name("run-tokenizer.json"))
-    module.prepare(vocab_size)
+    plan = plan.model_copy(update={"block_size": block_size})
+    module = build(TextData(path=str(path), **options), plan, seed, RunFolder(path.with_name("run")))
+    assert isinstance(module, TextDataModule)
+    module.prepare(GPT(vocab_size="auto" if vocab_size is None else vocab_size))
     return module
 
 

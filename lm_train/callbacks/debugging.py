@@ -10,15 +10,17 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from lm_train.data.text import Batch
+from lm_train.data import Batch
 from lm_train.errors import LMTrainError
 from lm_train.loop import StepTrainer
+from lm_train.modules import TrainingModule
 
 PROFILED_STEPS = range(5, 10)
 OVERFIT_STEPS = 400
 OVERFIT_LOSS = 0.1
 """Nats a token that count as near zero: the right token has 90% of the probability."""
 _OVERFIT_TOKENS = 64
+_OVERFIT_SAMPLES = 4
 
 
 class DebugChecks(L.Callback):
@@ -79,26 +81,27 @@ class DebugChecks(L.Callback):
                 self._hooks.append(module.register_forward_hook(hook(name or type(net).__name__)))
 
 
-def overfit_one_batch(net: nn.Module, batch: Batch) -> float:
-    """Trains a fresh network on one short sequence of the batch until it knows it by heart.
+def overfit_one_batch(module: TrainingModule, batch: Batch) -> float:
+    """Trains a fresh network on a few samples until it knows them by heart.
 
     Args:
-        net: freshly built, on its device; it is changed.
-        batch: `tokens` and `targets`, (B, T).
+        module: freshly built, on its device; its network is changed.
+        batch: of a training.
 
     Returns:
-        The last loss, in nats a token.
+        The last loss, in the task's unit for each target (nats a token, or a class).
 
     Raises:
         LMTrainError: if the loss does not come near zero: model, loss, gradient or optimizer is wrong.
     """
+    net = module.net
     device = next(net.parameters()).device
-    tokens, targets = (batch[key][:1, :_OVERFIT_TOKENS].to(device) for key in ("tokens", "targets"))
+    few = _few_samples(batch, device)
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
     net.eval()  # dropout would keep the loss up
     loss, first = float("inf"), float("nan")
     for step in range(OVERFIT_STEPS):
-        value = net(tokens, targets) / targets.numel()
+        value = module.loss(few) / few["total"]
         optimizer.zero_grad()
         value.backward()
         optimizer.step()
@@ -111,6 +114,17 @@ def overfit_one_batch(net: nn.Module, batch: Batch) -> float:
         f"overfit one batch: loss {first:.3f} -> {loss:.3f} after {OVERFIT_STEPS} steps, expected below {OVERFIT_LOSS}; "
         "a network that cannot learn one batch has a fault in model, loss or gradient"
     )
+
+
+def _few_samples(batch: Batch, device: torch.device) -> Batch:
+    """One short sequence, or a handful of other samples."""
+    packed = "tokens" in batch and "targets" in batch
+    rows = 1 if packed else _OVERFIT_SAMPLES
+    few = {name: value[:rows].to(device) for name, value in batch.items() if isinstance(value, Tensor)}
+    if packed:
+        few = {name: value[:, :_OVERFIT_TOKENS] for name, value in few.items()}
+        return few | {"total": float(few["targets"].numel())}
+    return few | {"total": float(len(next(iter(few.values()))))}
 
 
 def _shape(value: Any) -> str:

@@ -10,9 +10,9 @@ from typing import Any
 import lightning.pytorch as L
 import torch
 
-from lm_train.data import TextDataModule
+from lm_train.data import DataModule
 from lm_train.loop import StepTrainer
-from lm_train.modules import CausalLanguageModel
+from lm_train.modules import TrainingModule
 from lm_train.plan import Plan
 
 
@@ -23,16 +23,16 @@ class Metrics(L.Callback):
 
     Args:
         plan: FLOPs, peak, ranks.
-        flops_per_token: of the built model.
+        flops_per_sample: forward and backward, of the built model; None where unknown.
         every: optimizer steps between two rows.
         gpu_hours: what earlier starts of this run have used.
         started: when this start began to hold its devices, in `time.time()`'s seconds.
     """
 
     def __init__(
-        self, plan: Plan, flops_per_token: int, every: int, gpu_hours: float = 0.0, started: float | None = None
+        self, plan: Plan, flops_per_sample: int | None, every: int, gpu_hours: float = 0.0, started: float | None = None
     ) -> None:
-        self.plan, self.flops_per_token, self.every = plan, flops_per_token, every
+        self.plan, self.flops_per_sample, self.every = plan, flops_per_sample, every
         self.latest: dict[str, float] = {}
         self._hours_before = gpu_hours
         self._started = time.monotonic() - (max(0.0, time.time() - started) if started else 0.0)
@@ -48,16 +48,16 @@ class Metrics(L.Callback):
         self._first_step = trainer.global_step + 1
         self._reset_clock(trainer)
 
-    def on_train_batch_end(self, trainer: StepTrainer, pl_module: CausalLanguageModel, *args: Any) -> None:
+    def on_train_batch_end(self, trainer: StepTrainer, pl_module: TrainingModule, *args: Any) -> None:
         step = trainer.global_step
         if not trainer.step_is_complete:
             return
         if step == self._first_step or step % self.every == 0 or step == trainer.max_steps:
             self._log_step(trainer, pl_module, step)
 
-    def _log_step(self, trainer: StepTrainer, module: CausalLanguageModel, step: int) -> None:
-        plan, data = self.plan, trainer.datamodule
-        assert isinstance(data, TextDataModule)
+    def _log_step(self, trainer: StepTrainer, module: TrainingModule, step: int) -> None:
+        plan, data, tokens = self.plan, trainer.datamodule, self.plan.tokens_per_step
+        assert isinstance(data, DataModule)
         loss = trainer.strategy.reduce(module.step_loss, reduce_op="mean")
         values = torch.stack((loss.float(), module.grad_norm.float())).tolist()  # waits for the device
         assert self._mark is not None
@@ -67,21 +67,21 @@ class Metrics(L.Callback):
         assert data.train_loader is not None
         row: dict[str, float] = {
             "epoch": data.epoch(step),
-            "tokens": step * plan.tokens_per_step,
+            **({"tokens": step * tokens} if tokens is not None else {}),
             "samples": step * plan.global_batch_size,
             "train/loss": values[0],
             "train/grad_norm": values[1],
             "train/learning_rate": module.step_learning_rate,
             "perf/step_seconds": seconds,
             "perf/data_wait_seconds": (data.train_loader.wait_seconds - waited_before) / steps,
-            "perf/tokens_per_second": plan.tokens_per_step / seconds,
+            **({"perf/tokens_per_second": tokens / seconds} if tokens is not None else {}),
             "perf/samples_per_second": plan.global_batch_size / seconds,
             "memory/peak_bytes": _peak_bytes(plan),
             "budget/gpu_hours": self.gpu_hours,
         }
-        if plan.peak_flops_per_device is not None:
+        if plan.peak_flops_per_device is not None and self.flops_per_sample is not None:
             peak = plan.peak_flops_per_device * plan.world_size
-            row["perf/mfu"] = row["perf/tokens_per_second"] * self.flops_per_token / peak
+            row["perf/mfu"] = row["perf/samples_per_second"] * self.flops_per_sample / peak
         self._write(trainer, row, step)
         self._reset_clock(trainer)
 

@@ -12,6 +12,16 @@ from tqdm import tqdm
 from lm_train.callbacks.metrics import Metrics
 from lm_train.loop import StepTrainer
 
+EVALUATED = {
+    "perplexity": ".2f",
+    "bits_per_byte": ".3f",
+    "accuracy": ".2%",
+    "f1_macro": ".4f",
+    "mse": ".4f",
+    "r2": ".4f",
+    "exact_match": ".2%",
+}
+"""Metrics of an evaluation that a person is shown beside the loss, where there are such."""
 LINE_EVERY_S = 10.0
 """Without a terminal: at most one line in so many seconds, evaluations apart."""
 
@@ -46,7 +56,7 @@ class Progress(L.Callback):
     def on_train_batch_end(self, trainer: StepTrainer, pl_module: L.LightningModule, *args: Any) -> None:
         if not trainer.is_global_zero or not trainer.step_is_complete:
             return
-        fresh = self.metrics.latest.get("tokens") != self._shown.get("tokens")
+        fresh = self.metrics.latest.get("samples") != self._shown.get("samples")
         self._shown = dict(self.metrics.latest) if fresh else self._shown
         if self._bar is not None:
             if fresh:
@@ -89,15 +99,18 @@ class Progress(L.Callback):
     def _text(self) -> str:
         row = self._shown
         mfu = f"  MFU {row['perf/mfu']:.1%}" if "perf/mfu" in row else ""
-        return f"loss {row['train/loss']:.3f}  {_short(row['perf/tokens_per_second'])} tokens/s{mfu}"
+        unit = "tokens" if "perf/tokens_per_second" in row else "samples"
+        return f"loss {row['train/loss']:.3f}  {_short(row[f'perf/{unit}_per_second'])} {unit}/s{mfu}"
 
     def _evaluation(self, trainer: L.Trainer, split: str, head: str) -> None:
         row = self.metrics.latest
         if trainer.is_global_zero and f"{split}/loss" in row:
-            self._line(
-                f"{head}  {split}/loss {row[f'{split}/loss']:.4f}  perplexity {row[f'{split}/perplexity']:.2f}  "
-                f"bits per byte {row[f'{split}/bits_per_byte']:.3f}"
+            values = (
+                f"{name.replace('_', ' ')} {row[f'{split}/{name}']:{form}}"
+                for name, form in EVALUATED.items()
+                if f"{split}/{name}" in row
             )
+            self._line(f"{head}  {split}/loss {row[f'{split}/loss']:.4f}  {'  '.join(values)}".rstrip())
 
     def _line(self, text: str) -> None:
         if self._bar is not None:

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
+from lm_train.data.batches import IGNORED, Batch
+from lm_train.data.module import DataModule
 from lm_train.data.text import TextDataModule
 from lm_train.plan import Plan
 from lm_train.recipe import AnyData
+from lm_train.runs import RunFolder
 
 
-def build(section: AnyData, plan: Plan, block_size: int, seed: int, tokenizer_file: Path) -> TextDataModule:
-    """The data module of a section. It reads nothing before `prepare`."""
-    return TextDataModule(section, plan, block_size, seed, tokenizer_file)
+def build(section: AnyData, plan: Plan, seed: int, folder: RunFolder) -> DataModule:
+    """The data module of a section. It reads nothing before `prepare`.
+
+    Args:
+        section: the recipe's data section.
+        plan: batch sizes, ranks, workers, steps, the task.
+        seed: decides the order of samples and every random choice.
+        folder: the run's, where what the model needs for later use is left (tokenizer, names of classes).
+    """
+    match section.kind:
+        case "embedded" | "text":
+            return TextDataModule(section, plan, seed, folder)
+    raise AssertionError(section.kind)
 
 
-__all__ = ["TextDataModule", "build"]
+__all__ = ["IGNORED", "Batch", "DataModule", "TextDataModule", "build"]

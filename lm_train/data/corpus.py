@@ -33,7 +33,7 @@ from lm_train.data.tokenizer import (
     vocabulary_size,
 )
 from lm_train.errors import DataError
-from lm_train.recipe import AnyData
+from lm_train.recipe import EmbeddedData, TextData
 from lm_train.recipe.tokenizer_names import trained_bpe_size
 
 _FORMAT = "1"
@@ -128,7 +128,7 @@ class Corpus:
         return TokenFile(self.folder, split, vocabulary_size(self.tokenizer))
 
 
-def prepare_corpus(section: AnyData, streaming: bool) -> Corpus:
+def prepare_corpus(section: EmbeddedData | TextData, streaming: bool) -> Corpus:
     """Makes sure that the corpus is tokenised, or with `streaming` that someone is at it, and opens it.
 
     Any number of processes may call this at once; one works, the others wait.
@@ -155,7 +155,7 @@ def prepare_corpus(section: AnyData, streaming: bool) -> Corpus:
     return corpus
 
 
-def _tokenizer_of_corpus(section: AnyData, source: Source) -> Tokenizer:
+def _tokenizer_of_corpus(section: EmbeddedData | TextData, source: Source) -> Tokenizer:
     identity = hashlib.blake2b(f"{_FORMAT}\0{source.fingerprint}\0{section.tokenizer}".encode(), digest_size=16)
     file = cache_folder() / "tokenizers" / f"{identity.hexdigest()}.json"
     with locked(file.with_suffix(".lock")):
@@ -255,7 +255,7 @@ def _batches(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
         yield batch
 
 
-def _start_producer(section: AnyData, corpus: Corpus) -> None:
+def _start_producer(section: EmbeddedData | TextData, corpus: Corpus) -> None:
     """Starts a process that tokenises the training split, unless it is complete; one on a machine is enough."""
     train = corpus.tokens("train")
     if train.info() is not None or int(os.environ.get("LOCAL_RANK", 0)) != 0:
@@ -271,7 +271,7 @@ def _start_producer(section: AnyData, corpus: Corpus) -> None:
         process.start()
 
 
-def _produce(section: AnyData, tokenizer: str, folder: Path) -> None:
+def _produce(section: EmbeddedData | TextData, tokenizer: str, folder: Path) -> None:
     for number in (signal.SIGINT, signal.SIGUSR1):  # the parent decides; SIGTERM is how it ends this process
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, signals.HANDLED)

@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
 from lm_train import signals
+from lm_train.data.batches import Split
 from lm_train.data.cache import cache_folder, write_text
 from lm_train.data.hub import find_dataset, out_of_reach, quiet_datasets
 from lm_train.data.order import mix64
@@ -29,10 +29,9 @@ from lm_train.data.readers import (
     text_pieces,
 )
 from lm_train.errors import DataError, LMTrainError, OutputError
-from lm_train.recipe import AnyData, EmbeddedData, TextData
+from lm_train.recipe import EmbeddedData, TextData
 from lm_train.recipe.checks import is_hub_name
 
-Split = Literal["train", "val", "test"]
 _SPLIT_NAMES: dict[Split, re.Pattern[str]] = {
     "train": re.compile(r"train(ing|set)?(?![a-z])"),
     "val": re.compile(r"(val|valid|validation|dev|development)(set)?(?![a-z])"),
@@ -55,7 +54,7 @@ class Source:
         return self.readers[split]()
 
 
-def open_source(section: AnyData) -> Source:
+def open_source(section: EmbeddedData | TextData) -> Source:
     """The corpus that a data section names; nothing of it is read yet but what its fingerprint needs.
 
     Raises:

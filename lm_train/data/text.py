@@ -2,68 +2,51 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import sys
-import threading
-import time
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
-
-import lightning.pytorch as L
 import numpy as np
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from tokenizers import Tokenizer
+from torch.utils.data import Dataset
 
-from lm_train import signals
+from lm_train.data.batches import IGNORED, Batch, Integers, StepBatches
 from lm_train.data.cache import write_text
 from lm_train.data.corpus import Corpus, TokenFile, prepare_corpus, wait_for_tokens
+from lm_train.data.module import DataModule
 from lm_train.data.order import SampleOrder, key_of
 from lm_train.data.source import Split
 from lm_train.data.tokenizer import vocabulary_size
 from lm_train.errors import DataError
-from lm_train.plan import Plan
-from lm_train.recipe import AnyData
+from lm_train.plan import DataFacts, Plan
+from lm_train.recipe import AnyModel, EmbeddedData, TextData
+from lm_train.runs import RunFolder
 
-IGNORED = -100
-"""Target of a position where nothing is to be predicted (cross_entropy's ignore_index)."""
 STREAM_WINDOW = 2048
 """Blocks that are shuffled together while a stream is still being tokenised."""
-Batch = dict[str, Tensor]
-_IN_TRACEBACK = f"{DataError.__module__}.{DataError.__qualname__}: "
 
 
-class TrainBatches(Dataset[Batch]):
+class TrainBatches(StepBatches):
     """The micro batches of one rank from one optimizer step on.
 
     Sample p (a global position) is block `order(p)` of the corpus: tokens [start, start + T] for inputs and, one further,
-    targets. Step s takes positions s*G to (s+1)*G; within it micro batch m of rank r takes (m*W + r)*b on.
+    targets.
     """
 
-    def __init__(
-        self, tokens: TokenFile, block_size: int, plan: Plan, rank: int, seed: int, start_step: int, streaming: bool
-    ) -> None:
-        self.tokens, self.block_size, self.plan, self.rank, self.seed = tokens, block_size, plan, rank, seed
-        self.start_step, self.streaming = start_step, streaming
+    def __init__(self, tokens: TokenFile, plan: Plan, rank: int, seed: int, start_step: int, streaming: bool) -> None:
+        super().__init__(plan, rank, start_step)
+        assert plan.block_size is not None
+        self.tokens, self.block_size, self.seed, self.streaming = tokens, plan.block_size, seed, streaming
         self._order: SampleOrder | None = None
 
-    def __len__(self) -> int:
-        return (self.plan.max_steps - self.start_step) * self.plan.accumulate_grad_batches
-
-    def __getitem__(self, index: int) -> Batch:
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        plan = self.plan
-        step, micro = divmod(index, plan.accumulate_grad_batches)
-        first = (self.start_step + step) * plan.global_batch_size
-        first += (micro * plan.world_size + self.rank) * plan.micro_batch_size
-        positions = np.arange(first, first + plan.micro_batch_size)
+    def micro_batch(self, start: int, part: slice) -> Batch:
+        positions = np.arange(start + part.start, start + part.stop)
         epochs, samples = self._order_at(int(positions[-1])).samples(positions)
         rows = self.tokens.rows(samples * self.block_size + self._offsets(epochs), self.block_size + 1)
+        return self._batch(rows, epochs, samples)
+
+    def _batch(self, rows: Integers, epochs: Integers, samples: Integers) -> Batch:
+        """The batch of these rows of T + 1 tokens each, (B, T + 1)."""
         block = torch.from_numpy(rows)
-        return {"tokens": block[:, :-1].contiguous(), "targets": block[:, 1:].contiguous()}
+        total = float(self.plan.global_batch_size * self.block_size)
+        return {"tokens": block[:, :-1].contiguous(), "targets": block[:, 1:].contiguous(), "total": total}
 
     def _offsets(self, epochs: np.ndarray) -> np.ndarray:
         """Where an epoch's first block starts: 0 in the first, then elsewhere, so that blocks are not cut alike again."""
@@ -114,10 +97,11 @@ class EvalBatches(Dataset[Batch]):
     The last block is short and the last batches may lack rows; what is missing carries ignored targets.
     """
 
-    def __init__(self, tokens: TokenFile, block_size: int, plan: Plan, rank: int) -> None:
-        self.tokens, self.block_size, self.plan, self.rank = tokens, block_size, plan, rank
+    def __init__(self, tokens: TokenFile, plan: Plan, rank: int) -> None:
+        assert plan.block_size is not None
+        self.tokens, self.block_size, self.plan, self.rank = tokens, plan.block_size, plan, rank
         self.n_targets = tokens.available() - 1
-        self.n_blocks = -(-self.n_targets // block_size)
+        self.n_blocks = -(-self.n_targets // self.block_size)
 
     def __len__(self) -> int:
         return -(-self.n_blocks // (self.plan.micro_batch_size * self.plan.world_size))
@@ -137,70 +121,43 @@ class EvalBatches(Dataset[Batch]):
         return {"tokens": tokens, "targets": targets}
 
 
-class TimedLoader:
-    """A loader that adds up how long the training loop waited for its batches."""
-
-    def __init__(self, loader: DataLoader[Batch]) -> None:
-        self.loader = loader
-        self.wait_seconds = 0.0
-
-    def __len__(self) -> int:
-        return len(self.loader)
-
-    def __iter__(self) -> Iterator[Batch]:
-        with signals.blocked():  # the workers stay so; see _leave_signals_to_the_rank
-            batches = iter(self.loader)
-        while True:
-            before = time.perf_counter()
-            try:
-                batch = next(batches, None)
-            except DataError as error:  # a worker's comes wrapped in its traceback, the message at the end
-                raise DataError(str(error).strip().splitlines()[-1].removeprefix(_IN_TRACEBACK)) from None
-            self.wait_seconds += time.perf_counter() - before
-            if batch is None:
-                return
-            yield batch
-
-
-class TextDataModule(L.LightningDataModule):
+class TextDataModule(DataModule):
     """Serves blocks of a corpus.
 
     Args:
         section: the recipe's data section.
-        plan: batch sizes, ranks, workers, steps.
-        block_size: tokens in one sample.
+        plan: batch sizes, ranks, workers, steps, tokens in one sample.
         seed: decides the order of samples.
-        tokenizer_file: where rank 0 leaves the tokenizer for later use of the model.
+        folder: the run's, where rank 0 leaves the tokenizer for later use of the model.
     """
 
     corpus: Corpus
 
-    def __init__(self, section: AnyData, plan: Plan, block_size: int, seed: int, tokenizer_file: Path) -> None:
-        super().__init__()
-        self.section, self.plan, self.block_size, self.seed = section, plan, block_size, seed
-        self.tokenizer_file = tokenizer_file
+    def __init__(self, section: EmbeddedData | TextData, plan: Plan, seed: int, folder: RunFolder) -> None:
+        super().__init__(plan, seed)
+        assert plan.block_size is not None
+        self.section, self.block_size, self.tokenizer_file = section, plan.block_size, folder.tokenizer
         self.streaming = bool(getattr(section, "streaming", False))
-        self.start_step = 0
-        self.train_loader: TimedLoader | None = None
 
-    def prepare(self, model_vocab_size: int | None) -> None:
-        """Tokenises what is not tokenised yet, and checks that the data fit the batch and the model.
-
-        Args:
-            model_vocab_size: ids that the model knows; None if it takes them from the corpus.
-
-        Raises:
-            DataError: naming file and row.
-        """
+    def prepare(self, model: AnyModel) -> None:
+        """Tokenises what is not tokenised yet, and checks that the data fit the batch and the model."""
         self.corpus = prepare_corpus(self.section, self.streaming)
+        self.label, self.fingerprint = self.corpus.label, self.corpus.fingerprint
+        self.facts = DataFacts(vocab_size=vocabulary_size(self.corpus.tokenizer))
         if not self.tokenizer_file.exists():
             write_text(self.tokenizer_file, self.corpus.tokenizer.to_str())
+        asked: int | str = getattr(model, "vocab_size", "auto")
         for split in self.corpus.splits:
-            self._check(split, model_vocab_size)
+            self._check(split, asked if isinstance(asked, int) else None)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.corpus.tokenizer
 
     @property
     def vocab_size(self) -> int:
-        return vocabulary_size(self.corpus.tokenizer)
+        assert self.facts.vocab_size is not None
+        return self.facts.vocab_size
 
     def _check(self, split: Split, model_vocab_size: int | None) -> None:
         label, info = self.corpus.label, self.corpus.tokens(split).info()
@@ -231,64 +188,23 @@ class TextDataModule(L.LightningDataModule):
     def epoch(self, step: int) -> float:
         """Passes over the training split after `step` optimizer steps; 0 while a stream's end is not known."""
         info = self.corpus.tokens("train").info()
+        assert self.plan.tokens_per_step is not None
         return 0.0 if info is None else step * self.plan.tokens_per_step / info.tokens
+
+    def size_in_words(self) -> str:
+        info = self.corpus.tokens("train").info()
+        return "tokens still being counted" if info is None else f"{info.tokens:,} training tokens"
 
     def has(self, split: Split) -> bool:
         return split in self.corpus.splits
 
-    def train_dataloader(self) -> TimedLoader:
-        batches = TrainBatches(
-            self.corpus.tokens("train"),
-            self.block_size,
-            self.plan,
-            self._rank(),
-            self.seed,
-            self.start_step,
-            self.streaming,
-        )
-        self.train_loader = TimedLoader(self._loader(batches, self.plan.num_workers))
-        return self.train_loader
+    @property
+    def may_wait(self) -> bool:
+        return self.streaming
 
-    def val_dataloader(self) -> DataLoader[Batch] | list[Any]:
-        return self._evaluation("val") if self.has("val") else []
+    def train_batches(self, rank: int) -> Dataset[Batch]:
+        tokens = self.corpus.tokens("train")
+        return TrainBatches(tokens, self.plan, rank, self.seed, self.start_step, self.streaming)
 
-    def test_dataloader(self) -> DataLoader[Batch] | list[Any]:
-        return self._evaluation("test") if self.has("test") else []
-
-    def _evaluation(self, split: Split) -> DataLoader[Batch]:
-        return self._loader(EvalBatches(self.corpus.tokens(split), self.block_size, self.plan, self._rank()), 0)
-
-    def _rank(self) -> int:
-        return self.trainer.global_rank if self.trainer is not None else 0
-
-    def _loader(self, batches: Dataset[Batch], num_workers: int) -> DataLoader[Batch]:
-        return DataLoader(
-            batches,
-            batch_size=None,
-            sampler=range(len(batches)),  # type: ignore[arg-type]
-            num_workers=num_workers,
-            pin_memory=self.plan.accelerator == "gpu",
-            persistent_workers=num_workers > 0,
-            # a stream may take long to come, and has a patience of its own
-            timeout=60 if num_workers > 0 and not self.streaming else 0,
-            worker_init_fn=_leave_signals_to_the_rank,
-        )
-
-
-def _leave_signals_to_the_rank(worker: int) -> None:
-    """A scheduler signals every process of a job; the rank still needs its batches to reach a step boundary.
-
-    Signals are blocked since the worker's start; SIGTERM still ends it when its own rank sends it, as the loader and
-    multiprocessing do to clean up.
-    """
-    signals.forget()
-    if sys.platform == "linux":
-        threading.Thread(target=_end_when_the_rank_asks, daemon=True).start()
-    else:  # cannot tell who sent it
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
-
-
-def _end_when_the_rank_asks() -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-        pass
-    os._exit(0)
+    def evaluation_batches(self, split: Split, rank: int) -> Dataset[Batch]:
+        return EvalBatches(self.corpus.tokens(split), self.plan, rank)

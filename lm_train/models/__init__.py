@@ -2,29 +2,37 @@
 
 from __future__ import annotations
 
+from torch import nn
+
 from lm_train.models.decoder import Decoder
 from lm_train.models.gpt import GPT
 from lm_train.models.llama import Llama
-from lm_train.plan import Plan
+from lm_train.plan import DataFacts, Plan
 from lm_train.recipe import AnyModel
 
 
-def build(section: AnyModel, plan: Plan, vocab_size: int, initialise: bool = True) -> Decoder:
+def build(section: AnyModel, plan: Plan, facts: DataFacts, initialise: bool = True) -> nn.Module:
     """The network with weights drawn from torch's default generator (unless built on the meta device).
 
     Args:
         section: the recipe's model section.
-        plan: decides activation checkpointing and the pieces of the loss.
-        vocab_size: token ids of the corpus' tokenizer, used where the section says `auto`.
+        plan: decides the task, activation checkpointing and the pieces of the loss.
+        facts: of the data; `section.vocab_size` wins over theirs.
         initialise: False leaves every parameter on the meta device; its initial value comes from the network's `fill`.
     """
-    vocab_size = vocab_size if section.vocab_size == "auto" else section.vocab_size
     checkpointing, chunks = plan.activation_checkpointing, plan.cross_entropy_chunks
     match section.kind:
         case "gpt":
-            return GPT(section, vocab_size, checkpointing, chunks, initialise)
+            return GPT(section, _vocab_size(section.vocab_size, facts), checkpointing, chunks, initialise)
         case "llama":
-            return Llama(section, vocab_size, checkpointing, chunks, initialise)
+            return Llama(section, _vocab_size(section.vocab_size, facts), checkpointing, chunks, initialise)
+    raise AssertionError(section.kind)
+
+
+def _vocab_size(asked: int | str, facts: DataFacts) -> int:
+    size = facts.vocab_size if isinstance(asked, str) else asked
+    assert size is not None, "the data have no vocabulary"
+    return size
 
 
 __all__ = ["GPT", "Decoder", "Llama", "build"]

@@ -1,17 +1,20 @@
 """What will be done: recipe and machine in, one frozen Plan out. Free of torch."""
 
-from lm_train.plan.counts import flops_per_token, parameter_count, parameter_shapes
+from lm_train.plan.counts import flops_per_sample, parameter_count, parameter_shapes
+from lm_train.plan.facts import DataFacts, known_facts
 from lm_train.plan.layout import Place, places
 from lm_train.plan.memory import StateBytes, checkpoint_bytes, state_bytes
 from lm_train.plan.plan import Plan, padded_vocab_size, size_of
 from lm_train.plan.planner import make_plan
 
 __all__ = [
+    "DataFacts",
     "Place",
     "Plan",
     "StateBytes",
     "checkpoint_bytes",
-    "flops_per_token",
+    "flops_per_sample",
+    "known_facts",
     "make_plan",
     "padded_vocab_size",
     "parameter_count",

@@ -8,9 +8,12 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from lm_train.recipe import Task
+
 Strategy = Literal["single", "ddp", "fsdp", "zero1", "zero2", "zero3", "zero3_offload"]
 Precision = Literal["32-true", "bf16-mixed", "bf16-true", "16-mixed"]
 
+UNKNOWN = "known with the data"
 VOCAB_MULTIPLE = 64
 """Rows of the embedding are padded to this: matrix products run faster on even sizes (A. Karpathy, build-nanogpt)."""
 
@@ -24,6 +27,8 @@ class Plan(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    task: Task
+    """What is learnt."""
     accelerator: Literal["cpu", "gpu"]
     device_name: str
     nodes: int
@@ -42,14 +47,16 @@ class Plan(BaseModel):
     threads_per_rank: int
     """CPU threads of each rank's tensor operations."""
     vocab_size: int | None
-    """Token ids; None where only the corpus can tell."""
+    """Token ids; None where only the corpus can tell, or there are none."""
     n_parameters: int | None
-    flops_per_token: int | None
+    flops_per_sample: int | None
+    """Forward and backward."""
     parameter_bytes: int | None
     """Bytes that the rank with most of them holds all through the training; see `lm_train.plan.memory`."""
     gradient_bytes: int | None
     optimizer_bytes: int | None
-    tokens_per_step: int
+    block_size: int | None
+    """Tokens in one sample of running text; None for other data."""
     peak_flops_per_device: float | None
     """Dense bf16 FLOP/s of one device; None where unknown, and then no MFU is reported."""
     reasons: dict[str, str]
@@ -58,6 +65,11 @@ class Plan(BaseModel):
     @property
     def world_size(self) -> int:
         return self.nodes * self.devices
+
+    @property
+    def tokens_per_step(self) -> int | None:
+        """None where samples are not pieces of running text."""
+        return None if self.block_size is None else self.global_batch_size * self.block_size
 
     @classmethod
     def read(cls, file: Path) -> Plan:
@@ -68,7 +80,7 @@ class Plan(BaseModel):
 
     def _state(self) -> str:
         if self.parameter_bytes is None or self.gradient_bytes is None or self.optimizer_bytes is None:
-            return "known with the vocabulary"
+            return UNKNOWN
         parts = {
             "parameters": self.parameter_bytes,
             "gradients": self.gradient_bytes,
@@ -76,6 +88,15 @@ class Plan(BaseModel):
         }
         where = " in host memory" if self.strategy == "zero3_offload" else ""
         return " + ".join(f"{size_of(size)} {name}" for name, size in parts.items()) + where
+
+    def _vocabulary(self) -> str:
+        return "as the corpus has" if self.vocab_size is None else f"{self.vocab_size:,}"
+
+    def steps_in_words(self) -> str:
+        """`600 of 2,048 tokens`, or of samples."""
+        tokens = self.tokens_per_step
+        each = f"{self.global_batch_size:,} samples" if tokens is None else f"{tokens:,} tokens"
+        return f"{self.max_steps:,} of {each}"
 
     def table(self) -> str:
         """The plan for a person: one line a decision, with its reason where the recipe left it open."""
@@ -89,9 +110,10 @@ class Plan(BaseModel):
                 f"x {self.world_size} ranks",
                 "data.micro_batch_size",
             ),
-            ("steps", f"{self.max_steps:,} of {self.tokens_per_step:,} tokens", ""),
-            ("vocabulary", "as the corpus has" if self.vocab_size is None else f"{self.vocab_size:,}", ""),
-            ("parameters", "known with the vocabulary" if self.n_parameters is None else f"{self.n_parameters:,}", ""),
+            ("task", self.task.replace("_", " "), ""),
+            ("steps", self.steps_in_words(), ""),
+            *([("vocabulary", self._vocabulary(), "")] if self.block_size is not None or self.vocab_size else []),
+            ("parameters", UNKNOWN if self.n_parameters is None else f"{self.n_parameters:,}", ""),
             ("state a rank", self._state(), ""),
         ]
         width = max(len(value) for _, value, _ in rows)

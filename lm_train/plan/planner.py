@@ -8,16 +8,18 @@ from typing import Literal
 
 from lm_train.errors import UsageError
 from lm_train.hardware import BF16_SINCE, Machine
-from lm_train.plan.counts import flops_per_token, parameter_count, parameter_shapes
+from lm_train.plan.counts import flops_per_sample, parameter_count, parameter_shapes
+from lm_train.plan.facts import known_facts
 from lm_train.plan.layout import check_batch, choose_devices, choose_nodes, threads_per_rank
 from lm_train.plan.memory import state_bytes
-from lm_train.plan.plan import Plan, Precision, padded_vocab_size
-from lm_train.recipe import Recipe
-from lm_train.recipe.tokenizer_names import known_vocab_size
+from lm_train.plan.plan import Plan, Precision
+from lm_train.recipe import Recipe, samples_are_sequences, task_of
 from lm_train.slurm import Allocation
 
 MICRO_BATCH_TOKENS = {"gpu": 16_384, "cpu": 4_096}
-"""Largest micro batch chosen by itself, in tokens. An assumption that suits small models, not a measurement."""
+MICRO_BATCH_SAMPLES = {"gpu": 2_048, "cpu": 512}
+"""Largest micro batch chosen by itself, in tokens of running text, or in samples of other data. Assumptions that suit small
+models, not measurements."""
 
 
 def make_plan(recipe: Recipe, machine: Machine, allocation: Allocation | None = None) -> Plan:
@@ -49,24 +51,18 @@ def make_plan(recipe: Recipe, machine: Machine, allocation: Allocation | None = 
         reasons["trainer.strategy"] = (
             "one process" if nodes * devices == 1 else "the model is replicated on each device"
         )
-    vocab = recipe.model.vocab_size
-    if vocab == "auto":
-        known = known_vocab_size(recipe.data.tokenizer)
-        vocab_size = known
-    else:
-        vocab_size = vocab
-    n_parameters = None if vocab_size is None else parameter_count(recipe.model, padded_vocab_size(vocab_size))
-    state = None
-    if vocab_size is not None:
-        shapes = parameter_shapes(recipe.model, padded_vocab_size(vocab_size))
-        state = state_bytes(shapes, strategy, precision, recipe.optim, nodes * devices)
+    task, facts = task_of(recipe), known_facts(recipe)
+    shapes = parameter_shapes(recipe.model, task, facts)
+    n_parameters = None if shapes is None else parameter_count(shapes)
+    state = None if shapes is None else state_bytes(shapes, strategy, precision, recipe.optim, nodes * devices)
     workers = recipe.data.num_workers
     if workers == "auto":
         workers = 0
         reasons["data.num_workers"] = (
-            "packed tokens are read from memory-mapped files faster than a worker can send them"
+            "samples are read from memory, or memory-mapped files, faster than a worker can send them"
         )
     return Plan(
+        task=task,
         accelerator=accelerator,
         device_name=machine.gpus[0].name if machine.gpus else f"{machine.cpu_cores} cores",
         nodes=nodes,
@@ -82,13 +78,13 @@ def make_plan(recipe: Recipe, machine: Machine, allocation: Allocation | None = 
         cross_entropy_chunks=recipe.trainer.cross_entropy_chunks,
         compile=recipe.trainer.compile,
         threads_per_rank=threads_per_rank(machine, allocation, devices),
-        vocab_size=vocab_size,
+        vocab_size=facts.vocab_size,
         n_parameters=n_parameters,
-        flops_per_token=None if n_parameters is None else flops_per_token(recipe.model, n_parameters),
+        flops_per_sample=None if n_parameters is None else flops_per_sample(recipe.model, task, facts, n_parameters),
         parameter_bytes=None if state is None else state.parameters,
         gradient_bytes=None if state is None else state.gradients,
         optimizer_bytes=None if state is None else state.optimizer,
-        tokens_per_step=recipe.data.global_batch_size * recipe.model.block_size,
+        block_size=getattr(recipe.model, "block_size", None) if samples_are_sequences(recipe) else None,
         peak_flops_per_device=machine.gpus[0].peak_flops if machine.gpus else None,
         reasons=reasons,
     )
@@ -145,12 +141,14 @@ def _batches(recipe: Recipe, ranks: int, accelerator: str, reasons: dict[str, st
         return micro, share // micro
     if accumulate != "auto":
         return share // accumulate, accumulate
-    most = max(1, MICRO_BATCH_TOKENS[accelerator] // recipe.model.block_size)
-    micro = _largest_divisor(share, most)
+    unit, size, limit = "samples", 1, MICRO_BATCH_SAMPLES[accelerator]
+    if samples_are_sequences(recipe):
+        unit, size, limit = "tokens", getattr(recipe.model, "block_size", 1), MICRO_BATCH_TOKENS[accelerator]
+    micro = _largest_divisor(share, max(1, limit // size))
     reasons["data.micro_batch_size"] = (
-        f"largest divisor of {share} with at most {MICRO_BATCH_TOKENS[accelerator]:,} tokens"
-        if micro * recipe.model.block_size <= MICRO_BATCH_TOKENS[accelerator]
-        else f"one sequence is more than {MICRO_BATCH_TOKENS[accelerator]:,} tokens"
+        f"largest divisor of {share} with at most {limit:,} {unit}"
+        if micro * size <= limit
+        else f"one sequence is more than {limit:,} tokens"
     )
     return micro, share // micro
 

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from lm_train.recipe.explain import RESUME, nearest, nearest_value, shown
-from lm_train.recipe.sections import Recipe, TextData
+from lm_train.recipe.sections import Recipe
 from lm_train.recipe.strategies import Conflict, strategy_conflicts
+from lm_train.recipe.task import task_conflicts
 from lm_train.recipe.tokenizer_names import exists, is_path, known_vocab_size
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -76,6 +77,7 @@ def conflicts(recipe: Recipe) -> Iterator[Conflict]:
     for section in ("model", "data", "optim", "trainer", "checkpoint", "tracking"):
         for keys, message in getattr(recipe, section).conflicts():
             yield [(section, key) for key in keys], message
+    yield from task_conflicts(recipe)
     yield from _batch_conflicts(recipe)
     yield from _trainer_conflicts(recipe)
     yield from strategy_conflicts(recipe)
@@ -131,34 +133,31 @@ def _trainer_conflicts(recipe: Recipe) -> Iterator[Conflict]:
             ],
             "early stopping needs validations on the way; set trainer.val_check_interval and no limit_val_batches=0",
         )
-    every = trainer.activation_checkpointing
-    if isinstance(every, int) and every > model.n_layer:
+    every, n_layer = trainer.activation_checkpointing, getattr(model, "n_layer", None)
+    if isinstance(every, int) and n_layer is not None and every > n_layer:
         yield (
             [("trainer", "activation_checkpointing"), ("model", "n_layer")],
-            f"every {every}th block of model.n_layer={model.n_layer} is none; write "
-            f"none, full, or a number up to {model.n_layer}",
+            f"every {every}th block of model.n_layer={n_layer} is none; write none, full, or a number up to {n_layer}",
         )
-    known = known_vocab_size(recipe.data.tokenizer)
-    if known is not None and isinstance(model.vocab_size, int) and known > model.vocab_size:
+    tokenizer, vocab_size = getattr(recipe.data, "tokenizer", None), getattr(model, "vocab_size", "auto")
+    known = None if tokenizer is None else known_vocab_size(tokenizer)
+    if known is not None and isinstance(vocab_size, int) and known > vocab_size:
         yield (
             [("model", "vocab_size"), ("data", "tokenizer")],
-            f"data.tokenizer={recipe.data.tokenizer} has {known} ids, model.vocab_size={model.vocab_size} is smaller; "
+            f"data.tokenizer={tokenizer} has {known} ids, model.vocab_size={vocab_size} is smaller; "
             f"try model.vocab_size=auto",
         )
 
 
 def _path_conflicts(recipe: Recipe) -> Iterator[Conflict]:
-    if isinstance(recipe.data, TextData):
-        for key, value in (
-            ("path", recipe.data.path),
-            ("val_path", recipe.data.val_path),
-            ("test_path", recipe.data.test_path),
-        ):
+    data: Any = recipe.data
+    if "path" in type(data).model_fields:
+        for key, value in (("path", data.path), ("val_path", data.val_path), ("test_path", data.test_path)):
             if value is not None and not exists(value) and not (key == "path" and is_hub_name(value)):
                 hint = near_path(value) or ("; a hub name looks like owner/name" if key == "path" else "")
                 yield [("data", key)], f"no such file or folder: {shown(value)}{hint}"
-    tokenizer = recipe.data.tokenizer
-    if is_path(tokenizer):
+    tokenizer = getattr(recipe.data, "tokenizer", None)
+    if tokenizer is not None and is_path(tokenizer):
         if not exists(tokenizer):
             yield [("data", "tokenizer")], f"no such file or folder: {shown(tokenizer)}{near_path(tokenizer)}"
         elif known_vocab_size(tokenizer) is None:

@@ -168,10 +168,11 @@ def merge(raw: Raw, over: Mapping[str, Any]) -> None:
 
 
 def switch_kind(raw: Raw, section: str, kind: Any) -> None:
-    """Another kind of a section keeps the keys that all kinds share and drops the old kind's own."""
+    """Another kind of a section keeps the keys of the nearest class that both kinds come from and drops the others."""
     old = dict(raw.get(section, {}))
     default = getattr(Recipe.model_fields[section].default, "kind", None)
     if old.get("kind", default) != kind and isinstance(kind, str) and kind in kinds_of(section):
-        shared = section_class(section, old).__mro__[1]
+        new_ancestors = section_class(section, {"kind": kind}).__mro__
+        shared = next(cls for cls in section_class(section, old).__mro__ if cls in new_ancestors)
         old = {k: v for k, v in old.items() if k in getattr(shared, "model_fields", {})}
     raw[section] = {**old, "kind": kind}

@@ -5,7 +5,7 @@ Order of precedence, lowest first: typed defaults, the recipe's `base:` chain, t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +100,7 @@ _Dumper.add_representer(str, _quoted_where_needed)
 def _apply_words(raw: Raw, given: Mapping[KeyPath, Any], problems: list[str]) -> set[str]:
     """Lays the words onto `raw`; returns the sections whose kind stays unclear."""
     unclear = set()
+    kind_given = ("data",) in given or ("data", "kind") in given
     # a section before its keys, and its kind before the keys that only this kind may have
     for path, value in sorted(given.items(), key=lambda item: (len(item[0]), item[0][1:] != ("kind",))):
         section = path[0]
@@ -120,12 +121,16 @@ def _apply_words(raw: Raw, given: Mapping[KeyPath, Any], problems: list[str]) ->
         elif len(path) == 2 and section in SECTIONS:
             if path[1] == "kind":
                 switch_kind(raw, section, value)
-            elif path == ("data", "path") and ("data",) not in given and ("data", "kind") not in given:
+            elif path == ("data", "path") and not kind_given and "path" not in _keys_now(raw, section):
                 raw[section] = {**raw.get(section, {}), "kind": "text"}  # another corpus, the rest as it was
             raw[section] = {**raw.get(section, {}), path[1]: value}
         else:
             problems.append(unknown_key(path, raw))
     return unclear
+
+
+def _keys_now(raw: Raw, section: str) -> Iterable[str]:
+    return section_class(section, raw.get(section, {})).model_fields
 
 
 def _validate(raw: Raw, source: Source, problems: list[str], given: set[KeyPath], unclear: set[str]) -> Recipe:

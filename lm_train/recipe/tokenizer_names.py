@@ -8,17 +8,29 @@ from pathlib import Path
 
 GPT2_VOCAB_SIZE = 50257
 """Radford et al. 2019, section 2.2: 256 bytes, 50,000 merges, one end-of-text symbol."""
-TOKENIZER_NAMES = ("bytes", "chars", "gpt2", "bpe:2048")
-"""For a suggestion; any `bpe:N` will do."""
+TOKENIZER_NAMES = ("bytes", "chars", "gpt2", "bpe:2048", "words:20000")
+"""For a suggestion; any `bpe:N` and `words:N` will do."""
 _PLAIN_VOCABULARIES = ("encoder.json", "vocab.json")
 """Files that map each token to its id, and nothing else: GPT-2's own, and the hub's."""
 _BPE = re.compile(r"bpe:([1-9][0-9]*)")
+_WORDS = re.compile(r"words:([1-9][0-9]*)")
 
 
 def trained_bpe_size(name: str) -> int | None:
     """N of ``bpe:N``, else None."""
     match = _BPE.fullmatch(name)
     return int(match[1]) if match else None
+
+
+def word_vocabulary_size(name: str) -> int | None:
+    """N of ``words:N``, else None."""
+    match = _WORDS.fullmatch(name)
+    return int(match[1]) if match else None
+
+
+def made_from_the_corpus(name: str) -> bool:
+    """Whether the vocabulary is made from the training text: `chars`, `bpe:N`, `words:N`."""
+    return name == "chars" or trained_bpe_size(name) is not None or word_vocabulary_size(name) is not None
 
 
 def exists(path: str) -> bool:
@@ -31,7 +43,7 @@ def exists(path: str) -> bool:
 
 def is_path(name: str) -> bool:
     """Whether the name means files; a folder that happens to be called chars does not hide the tokenizer."""
-    if name in ("bytes", "chars") or trained_bpe_size(name) is not None:
+    if name == "bytes" or made_from_the_corpus(name):
         return False
     return "/" in name or name.endswith(".json") or exists(name)
 
@@ -40,18 +52,21 @@ def is_tokenizer_name(name: str) -> bool:
     size = trained_bpe_size(name)
     if size is not None:
         return 300 <= size <= 200_000
+    words = word_vocabulary_size(name)
+    if words is not None:
+        return 2 <= words <= 10_000_000
     return name in ("bytes", "chars", "gpt2") or is_path(name)
 
 
 def known_vocab_size(name: str) -> int | None:
-    """Size of the vocabulary where it can be told without the corpus; None for `chars` and unreadable files."""
+    """Size of the vocabulary where it can be told without the corpus; None for `chars`, `words:N` and unreadable
+    files."""
     if name == "bytes":
         return 257
     if name == "gpt2" and not exists(name):
         return GPT2_VOCAB_SIZE
-    size = trained_bpe_size(name)
-    if size is not None or name == "chars":
-        return size
+    if made_from_the_corpus(name):
+        return trained_bpe_size(name)
     return _size_of_files(Path(name).expanduser()) if exists(name) else None
 
 

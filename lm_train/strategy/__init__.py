@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+from inspect import signature
+
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
-from lm_train.models.transformer import Block
 from lm_train.plan import Plan
 from lm_train.rendezvous import COLLECTIVE_TIMEOUT
 from lm_train.strategy.fsdp import FullySharded
 from lm_train.strategy.gradients import Norm, clip_gradients
 from lm_train.strategy.launched import LaunchedRank
+from lm_train.strategy.units import units_of
 from lm_train.strategy.weights import Weights, drawn, read_by
 from lm_train.strategy.zero import Zero
+
+_SYNC_BUFFERS = next(
+    name
+    for name in ("forward_sync_buffers", "broadcast_buffers")
+    if name in signature(DistributedDataParallel).parameters
+)
+"""The option's name in torch 2.13, and before."""
 
 
 def build_strategy(plan: Plan, weights: Weights) -> Strategy:
@@ -30,6 +40,7 @@ def build_strategy(plan: Plan, weights: Weights) -> Strategy:
                 process_group_backend="nccl" if plan.accelerator == "gpu" else "gloo",
                 timeout=COLLECTIVE_TIMEOUT,
                 gradient_as_bucket_view=True,  # gradients live in the buckets: one copy of them less
+                **{_SYNC_BUFFERS: False},  # statistics are summed over the ranks where they are taken
             )
         case "fsdp":
             return FullySharded(plan, weights)
@@ -63,13 +74,12 @@ def casts_initial_weights(plan: Plan) -> bool:
 
 
 def compile_network(net: nn.Module, plan: Plan) -> None:
-    """torch.compile, in place; block by block where hooks between the blocks gather parameters."""
+    """torch.compile, in place; part by part where hooks between the parts gather parameters."""
     if plan.strategy != "fsdp":
         net.compile()
         return
-    for module in net.modules():
-        if isinstance(module, Block):
-            module.compile()
+    for unit in units_of(net):
+        unit.compile()
 
 
 __all__ = [

@@ -8,9 +8,9 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from lm_train.models.transformer import Block
 from lm_train.plan import Plan
 from lm_train.rendezvous import COLLECTIVE_TIMEOUT
+from lm_train.strategy.units import units_of
 from lm_train.strategy.weights import Weights
 
 
@@ -34,17 +34,22 @@ class FullySharded(ModelParallelStrategy):
         self.policy = mixed if plan.precision == "bf16-mixed" else MixedPrecisionPolicy()
 
     def shard(self, net: nn.Module) -> None:
-        """Shards a network that was built on the meta device, and gives its shards their values.
+        """Shards a network.
 
-        Each full parameter exists for a moment on the host, one at a time.
+        One that was built on the meta device is given its values afterwards: each full parameter exists for a moment on the
+        host, one at a time. One that someone else has built is whole, and keeps the values it has.
         """
         if isinstance(net, FSDPModule):
             return
         mesh = self.device_mesh["data_parallel"]
-        for module in net.modules():
-            if isinstance(module, Block):
-                fully_shard(module, mesh=mesh, mp_policy=self.policy)
+        whole = not any(parameter.is_meta for parameter in net.parameters())
+        if whole:
+            net.to(self.root_device)
+        for unit in units_of(net):
+            fully_shard(unit, mesh=mesh, mp_policy=self.policy)
         fully_shard(net, mesh=mesh, mp_policy=self.policy)
+        if whole:
+            return
         net.to_empty(device=self.root_device)
         with self.weights(net) as fill:
             for name, parameter in net.named_parameters():

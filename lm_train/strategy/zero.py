@@ -97,7 +97,8 @@ class Zero(DeepSpeedStrategy):
         yield  # without zero.Init, which would draw initial weights in 16 bits; see `shard`
 
     def shard(self, net: nn.Module) -> None:
-        """Stage 3: cuts up a network that was built on the meta device, so that no rank ever holds it whole.
+        """Stage 3: cuts up a network that was built on the meta device, so that no rank ever holds it whole; one that someone
+        else has built is whole, and DeepSpeed cuts it up itself.
 
         Each full parameter exists for a moment, one at a time, in fp32.
         """

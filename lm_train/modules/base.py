@@ -1,29 +1,33 @@
-"""LightningModules: what a step computes. The loop around it, logging and saving are elsewhere."""
+"""What a training step is for every task. The loop around it, logging and saving are elsewhere."""
 
 from __future__ import annotations
 
-import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 
 import lightning.pytorch as L
 import torch
 from torch import Tensor, nn
 
-from lm_train.data.text import IGNORED, Batch
+from lm_train.data import Batch
+from lm_train.data.batches import Split
 from lm_train.optim import build_optimizer, learning_rate
 from lm_train.plan import Plan
 from lm_train.recipe import AnyOptim
 from lm_train.strategy import FullySharded, Norm, Zero, clip_gradients
 
+INPUTS = ("inputs", "tokens", "lengths")
+"""Of a batch what goes into the network; the rest is what it is measured by."""
 
-class CausalLanguageModel(L.LightningModule):
-    """Predicts each next token.
+
+class TrainingModule(L.LightningModule, ABC):
+    """Trains `net` with the recipe's optimizer; a task says what the loss is and what is evaluated.
 
     After every optimizer step `step_loss` (mean over the global batch's share of this rank) and `grad_norm` (of the global
     batch, before clipping) stand as tensors on the device, and `step_learning_rate` as a float; nobody has waited for them.
 
     Args:
-        net: maps (tokens, targets) to the summed loss.
+        net: the network.
         optim: the recipe's optim section.
         plan: batch sizes, steps, precision.
         seed: keys dropout together with step, micro batch and rank, so that a resumed step draws the same numbers.
@@ -38,8 +42,8 @@ class CausalLanguageModel(L.LightningModule):
         self.optim = optim
         self.plan = plan
         self.seed = seed
-        self._totals: Tensor | None = None
         self._grad_norm: Norm | None = None
+        self._input_type = _input_type(plan)
 
     def configure_model(self) -> None:
         """Called by Lightning before optimizers exist; a strategy that cuts the network up does it here."""
@@ -62,10 +66,32 @@ class CausalLanguageModel(L.LightningModule):
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         torch.manual_seed(_dropout_key(self.seed, self.global_step, self._micro(batch_idx), self.global_rank))
 
+    def inputs(self, batch: Batch) -> dict[str, Tensor]:
+        """What the network takes of a batch, by the name of its argument; floats in the type of its weights."""
+        taken = {name: batch[name] for name in INPUTS if name in batch}
+        if self._input_type is not None:
+            taken = {k: v.to(self._input_type) if v.is_floating_point() else v for k, v in taken.items()}
+        return taken
+
+    @abstractmethod
+    def loss(self, batch: Batch) -> Tensor:
+        """Sum of the losses of a batch's targets, ()."""
+
+    @abstractmethod
+    def start_evaluation(self) -> None:
+        """Forgets what `evaluate` has counted."""
+
+    @abstractmethod
+    def evaluate(self, batch: Batch) -> None:
+        """Counts one micro batch of an evaluation; nobody waits for the device."""
+
+    @abstractmethod
+    def evaluation(self, split: Split) -> dict[str, Tensor]:
+        """The split's metrics by name (`loss`, `accuracy`, ...), each (), over all ranks: all of them call it."""
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        # every block of a training batch is full, so all ranks and micro batches count the same number of targets and
-        # the mean of their means is the mean of the global batch
-        loss = self.net(batch["tokens"], batch["targets"]) / batch["targets"].numel()
+        # the mean over ranks and micro batches, which strategy and trainer take, is then the global sum over the global total
+        loss = self.loss(batch) / (batch["total"] / (self.plan.world_size * self.plan.accumulate_grad_batches))
         share = loss.detach() / self.plan.accumulate_grad_batches
         self.step_loss = share if self._micro(batch_idx) == 0 else self.step_loss + share
         return loss
@@ -92,12 +118,10 @@ class CausalLanguageModel(L.LightningModule):
             self._grad_norm = clip_gradients(self.net.parameters(), gradient_clip_val)
 
     def on_validation_epoch_start(self) -> None:
-        self._totals = torch.zeros(2, dtype=torch.float64, device=self.device)
+        self.start_evaluation()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        assert self._totals is not None
-        loss = self.net(batch["tokens"], batch["targets"])
-        self._totals += torch.stack((loss.double(), (batch["targets"] != IGNORED).sum().double()))
+        self.evaluate(batch)
 
     def on_validation_epoch_end(self) -> None:
         self._log_evaluation("val")
@@ -108,20 +132,23 @@ class CausalLanguageModel(L.LightningModule):
     def on_test_epoch_end(self) -> None:
         self._log_evaluation("test")
 
-    def _log_evaluation(self, split: str) -> None:
-        """Loss over all targets of all ranks: the global sum over the global count, whatever the batches were."""
+    def _log_evaluation(self, split: Split) -> None:
         if getattr(self.trainer, "stop_code", None) is not None:
             return  # cut off by a stop: a part of the split
-        totals = self.trainer.strategy.reduce(self._totals, reduce_op="sum")
-        loss = totals[0] / totals[1]
-        bytes_per_token = self.trainer.datamodule.bytes_per_token(split)
-        metrics = {
-            f"{split}/loss": loss,
-            f"{split}/perplexity": loss.exp(),
-            f"{split}/bits_per_byte": loss / math.log(2) / bytes_per_token,
-        }
+        metrics = {f"{split}/{name}": value.float() for name, value in self.evaluation(split).items()}
         # equal on all ranks already; sync_dist tells Lightning so, and keeps its own callbacks usable
-        self.log_dict({k: v.float() for k, v in metrics.items()}, logger=False, sync_dist=True)
+        self.log_dict(metrics, logger=False, sync_dist=True)
+
+    def summed(self, totals: Tensor) -> Tensor:
+        """Sums over all ranks, of the totals' shape: a collective."""
+        return self.trainer.strategy.reduce(totals, reduce_op="sum")
+
+
+def _input_type(plan: Plan) -> torch.dtype | None:
+    """Where weights are kept in 16 bits, and nothing casts by itself: their type."""
+    if plan.precision == "bf16-true" or (plan.strategy.startswith("zero") and plan.precision == "bf16-mixed"):
+        return torch.bfloat16
+    return torch.float16 if plan.strategy.startswith("zero") and plan.precision == "16-mixed" else None
 
 
 def _dropout_key(*parts: int) -> int:
@@ -139,6 +166,3 @@ def parameter_table(net: nn.Module) -> Iterable[tuple[str, int]]:
         own = [p for p in child.parameters() if id(p) not in seen]
         seen.update(map(id, own))
         yield name, sum(p.numel() for p in own)
-
-
-__all__ = ["CausalLanguageModel", "parameter_table"]

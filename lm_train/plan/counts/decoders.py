@@ -1,14 +1,13 @@
-"""Parameters and floating-point operations of a model by formula; the tests compare them with the real modules."""
+"""GPT and Llama by formula."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
-from lm_train.recipe import AnyModel
+from lm_train.recipe import GPT, Llama
 
 
-def parameter_shapes(model: AnyModel, vocab_size: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+def decoder_shapes(model: GPT | Llama, vocab_size: int) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Name and shape of each parameter of the network, in the order of its `named_parameters`.
 
     Args:
@@ -46,17 +45,3 @@ def parameter_shapes(model: AnyModel, vocab_size: int) -> Iterator[tuple[str, tu
     yield from layer("norm", d)
     for name, rows in after.items():
         yield f"{name}.weight", (rows, d)
-
-
-def parameter_count(model: AnyModel, vocab_size: int) -> int:
-    """Parameters of a network whose embedding has `vocab_size` rows (the padded size); tied weights count once."""
-    return sum(math.prod(shape) for _, shape in parameter_shapes(model, vocab_size))
-
-
-def flops_per_token(model: AnyModel, n_parameters: int) -> int:
-    """Forward and backward FLOPs of one token: 6N + 12 L d T.
-
-    N counts every parameter, tied embeddings once; attention is counted without regard to the causal mask
-    (Chowdhery et al. 2022, arXiv:2204.02311, appendix B).
-    """
-    return 6 * n_parameters + 12 * model.n_layer * model.n_embd * model.block_size

@@ -1,0 +1,118 @@
+"""Which samples a rank's micro batches hold: a pure function of the optimizer step, for every kind of data.
+
+A batch is a dictionary of tensors by name: what the network takes (`inputs`, `tokens`, `lengths`, ...) and what it is to give.
+Besides, a training batch has a plain number `total`, by which the loss of the whole global batch is divided (its targets, or
+the sum of their weights): known before the backward pass, so that uneven micro batches add up to the mean of the global batch.
+An evaluation batch may be filled up; `valid`, (B,), says which of its samples count.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.utils.data import Dataset
+
+from lm_train.data.order import SampleOrder
+from lm_train.plan import Plan
+
+IGNORED = -100
+"""Target of a position where nothing is to be predicted (cross_entropy's ignore_index)."""
+Batch = dict[str, Any]
+Split = Literal["train", "val", "test"]
+Integers = npt.NDArray[np.int64]
+
+
+class StepBatches(Dataset[Batch], ABC):
+    """The micro batches of one rank from one optimizer step on.
+
+    Step s takes the global positions s*G to (s+1)*G; within it micro batch m of rank r takes (m*W + r)*b on.
+    """
+
+    def __init__(self, plan: Plan, rank: int, start_step: int) -> None:
+        self.plan, self.rank, self.start_step = plan, rank, start_step
+
+    def __len__(self) -> int:
+        return (self.plan.max_steps - self.start_step) * self.plan.accumulate_grad_batches
+
+    def __getitem__(self, index: int) -> Batch:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        plan = self.plan
+        step, micro = divmod(index, plan.accumulate_grad_batches)
+        start = (self.start_step + step) * plan.global_batch_size
+        first = (micro * plan.world_size + self.rank) * plan.micro_batch_size
+        return self.micro_batch(start, slice(first, first + plan.micro_batch_size))
+
+    @abstractmethod
+    def micro_batch(self, start: int, part: slice) -> Batch:
+        """The batch of the positions start + part; its step has those from `start` to start + G."""
+
+
+class Samples(ABC):
+    """The samples of one split, held in memory or mapped from disk."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Samples of the split."""
+
+    @abstractmethod
+    def batch(self, samples: Integers, epochs: Integers | None) -> Batch:
+        """The batch of these samples.
+
+        Args:
+            samples: numbers below len(self), (B,).
+            epochs: of each sample, (B,): every random choice is keyed by (seed, epoch, sample); None for an evaluation,
+                which makes no random choice.
+        """
+
+    def total(self, samples: Integers) -> float:
+        """What the loss of a global batch of these samples is divided by."""
+        return float(len(samples))
+
+    def arranged(self, samples: Integers, epochs: Integers) -> tuple[Integers, Integers]:
+        """The samples of one global batch in the order in which they are dealt out to micro batches."""
+        return samples, epochs
+
+
+class SampleBatches(StepBatches):
+    """Training batches of `Samples` in the shuffled order of `SampleOrder`, epoch after epoch."""
+
+    def __init__(
+        self, samples: Samples, plan: Plan, rank: int, seed: int, start_step: int, order: SampleOrder | None = None
+    ) -> None:
+        super().__init__(plan, rank, start_step)
+        self.samples = samples
+        self.order = order or SampleOrder(seed, len(samples))
+
+    def micro_batch(self, start: int, part: slice) -> Batch:
+        positions = np.arange(start, start + self.plan.global_batch_size)
+        epochs, chosen = self.order.samples(positions)
+        total = self.samples.total(chosen)
+        chosen, epochs = self.samples.arranged(chosen, epochs)
+        return self.samples.batch(chosen[part], epochs[part]) | {"total": total}
+
+
+class EvaluationBatches(Dataset[Batch]):
+    """Micro batches of one rank that together with the other ranks' cover a split once.
+
+    All ranks have equally many, of equal size; what is missing at the end is filled up with sample 0 and is not `valid`.
+    """
+
+    def __init__(self, samples: Samples, plan: Plan, rank: int) -> None:
+        self.samples, self.plan, self.rank = samples, plan, rank
+
+    def __len__(self) -> int:
+        return -(-len(self.samples) // (self.plan.micro_batch_size * self.plan.world_size))
+
+    def __getitem__(self, index: int) -> Batch:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        size = self.plan.micro_batch_size
+        first = (index * self.plan.world_size + self.rank) * size
+        positions = np.arange(first, first + size)
+        valid = positions < len(self.samples)
+        return self.samples.batch(np.where(valid, positions, 0), None) | {"valid": torch.from_numpy(valid)}

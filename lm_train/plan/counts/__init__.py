@@ -1,0 +1,55 @@
+"""Parameters and floating-point operations of a model by formula; the tests compare them with the real modules."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+from lm_train.plan.counts.decoders import decoder_shapes
+from lm_train.plan.facts import DataFacts
+from lm_train.plan.plan import padded_vocab_size
+from lm_train.recipe import AnyModel, Task
+
+Shapes = list[tuple[str, tuple[int, ...]]]
+
+
+def parameter_shapes(model: AnyModel, task: Task, facts: DataFacts) -> Shapes | None:
+    """Name and shape of each parameter of the network, in the order of its `named_parameters`; shared ones once.
+
+    Args:
+        model: the recipe's model section.
+        task: decides the head.
+        facts: of the data.
+
+    Returns:
+        None where the data must be read first, or a model of someone else's be built.
+    """
+    asked: int | str = getattr(model, "vocab_size", "auto")
+    vocab_size = facts.vocab_size if isinstance(asked, str) else asked
+    match model.kind:
+        case "gpt" | "llama" if vocab_size is not None:
+            return list(decoder_shapes(model, padded_vocab_size(vocab_size)))
+    return None
+
+
+def parameter_count(shapes: Iterable[tuple[str, tuple[int, ...]]]) -> int:
+    return sum(math.prod(shape) for _, shape in shapes)
+
+
+def flops_per_sample(model: AnyModel, task: Task, facts: DataFacts, n_parameters: int) -> int | None:
+    """Forward and backward FLOPs of one sample.
+
+    A transformer's token takes 6N + 12 L d T: N counts every parameter, tied embeddings once; attention is counted without
+    regard to the causal mask (Chowdhery et al. 2022, arXiv:2204.02311, appendix B).
+
+    Returns:
+        None where no formula is known.
+    """
+    match model.kind:
+        case "gpt" | "llama":
+            tokens = model.block_size
+            return tokens * (6 * n_parameters + 12 * model.n_layer * model.n_embd * tokens)
+    return None
+
+
+__all__ = ["Shapes", "flops_per_sample", "parameter_count", "parameter_shapes"]

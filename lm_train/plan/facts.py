@@ -1,0 +1,33 @@
+"""What the data say that the network must fit; some of it is known before the data are read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lm_train.recipe import Recipe
+from lm_train.recipe.tokenizer_names import known_vocab_size
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """None is what does not apply, or is not known yet."""
+
+    vocab_size: int | None = None
+    """Token ids of the tokenizer."""
+    input_shape: tuple[int, ...] | None = None
+    """Of one sample of numbers: (channels, height, width) of an image, (columns,) of a table's row."""
+    n_outputs: int | None = None
+    """Classes, or values to predict."""
+    pad_id: int | None = None
+    """Token id that fills short sequences up."""
+
+
+def known_facts(recipe: Recipe) -> DataFacts:
+    """What can be told without reading the data."""
+    data = recipe.data
+    asked: int | str = getattr(recipe.model, "vocab_size", "auto")
+    tokenizer: str | None = getattr(data, "tokenizer", None)
+    vocab_size = asked if isinstance(asked, int) else None if tokenizer is None else known_vocab_size(tokenizer)
+    if data.kind == "images" and data.path is None:
+        return DataFacts(input_shape=(1, 8, 8), n_outputs=10)  # scikit-learn's digits
+    return DataFacts(vocab_size=vocab_size)

@@ -1,0 +1,39 @@
+"""What every section of a recipe is made of: frozen, strict, without unknown keys; and the types of its values."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from lm_train.recipe.text import WrittenFloat, WrittenInt
+
+Auto = Literal["auto"]
+PositiveInt = Annotated[int, Field(ge=1, lt=2**31)]
+Count = Annotated[int, Field(ge=0, lt=2**31)]
+PositiveIntOrAuto = PositiveInt | Auto
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+
+
+def _as_text(value: Any) -> Any:
+    """``name=2024`` is a name, not a number, and stays as it was written."""
+    if isinstance(value, WrittenInt | WrittenFloat):
+        return value.text
+    return str(value) if type(value) in (int, float) else value
+
+
+Text = Annotated[str, BeforeValidator(_as_text), Field(min_length=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    def conflicts(self) -> list[tuple[tuple[str, ...], str]]:
+        """What contradicts itself inside the section: the keys concerned, and a sentence with values and a way out."""
+        return []
+
+
+Dropout = Annotated[float, Field(ge=0, lt=1)]
+Fraction = Annotated[float, Field(gt=0, lt=1)]
+Factory = Annotated[Text, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
+"""`package.module:function`."""

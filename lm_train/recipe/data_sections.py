@@ -1,0 +1,171 @@
+"""The `data` section: one class for each kind of data."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+
+from lm_train.recipe.base import Auto, Count, Dropout, Factory, Fraction, PositiveInt, PositiveIntOrAuto, Section, Text
+from lm_train.recipe.tokenizer_names import is_tokenizer_name
+
+
+class DataSection(Section):
+    """The keys that every kind of data shares."""
+
+    global_batch_size: PositiveInt = 16
+    """Samples (for text: sequences of model.block_size tokens) between two optimizer steps, over all processes."""
+    micro_batch_size: PositiveIntOrAuto = "auto"
+    """Samples that one process sends through the network at a time."""
+    num_workers: Count | Auto = "auto"
+    """Loader processes of each rank."""
+
+
+def _tokenizer(value: Any) -> Any:
+    if isinstance(value, str) and not is_tokenizer_name(value):
+        raise ValueError(
+            "expected bytes, chars, bpe:N (N from 300 to 200000, trained on the corpus), words:N (the most frequent "
+            "words), gpt2, or the path of a "
+            f"tokenizer.json or of a folder with encoder.json and vocab.bpe; got {value[:80]!r}"
+        )
+    return value
+
+
+Tokenizer = Annotated[str, BeforeValidator(_tokenizer)]
+
+
+class LanguageData(DataSection):
+    """Running text for language models, packed into sequences of model.block_size tokens."""
+
+    mask_fraction: Fraction = 0.15
+    """Share of the tokens that a masked language model guesses (Devlin et al. 2019)."""
+
+
+class EmbeddedData(LanguageData):
+    """The source files of the Python standard library: real text that every machine with Python has."""
+
+    kind: Literal["embedded"] = "embedded"
+    tokenizer: Tokenizer = "bpe:2048"
+
+
+class TextData(LanguageData):
+    """Text from plain files, jsonl, csv, parquet, a folder of them, or a data set of the Hugging Face hub."""
+
+    kind: Literal["text"] = "text"
+    path: Text
+    """File, folder, or hub name (owner/name)."""
+    subset: Text | None = None
+    """The hub data set's configuration, such as sample-10BT."""
+    tokenizer: Tokenizer = "bpe:2048"
+    text_column: Text = "text"
+    """Column that holds the text, where rows have columns."""
+    val_path: Text | None = None
+    """File of validation text; else the source's own validation split, else val_fraction of the training text."""
+    test_path: Text | None = None
+    val_fraction: Fraction = 0.1
+    """Share that validates where the source has no validation split: the end of a single text file, else a
+    pseudo-random choice of documents."""
+    streaming: bool = False
+    """Train while the corpus is still being tokenised, instead of after; the tokens are cached either way."""
+    val_tokens: PositiveInt = 1_000_000
+    """With streaming and no validation split: so many tokens from the start of the stream validate."""
+
+
+class LabelledData(DataSection):
+    """Samples with a target, small enough to be held: what labelled texts, images and tables share."""
+
+    path: Text | None = None
+    """File, folder, or hub name (owner/name); null: a small real set that needs no file."""
+    val_path: Text | None = None
+    """File or folder of validation samples; else the source's own validation split, else val_fraction of the training one."""
+    test_path: Text | None = None
+    val_fraction: Fraction = 0.1
+    """Share of the training samples that validates where there is no validation split; of each class alike."""
+    folds: Annotated[int, Field(ge=2, le=100)] | None = None
+    """Cross-validation: so many runs, each validating on another part of the training samples."""
+    fold: PositiveInt | None = None
+    """The one fold that this run validates on, from 1; null with folds: all, one after another."""
+
+    def conflicts(self) -> list[tuple[tuple[str, ...], str]]:
+        if self.fold is not None and (self.folds is None or self.fold > self.folds):
+            way_out = "give data.folds too" if self.folds is None else f"try data.fold={self.folds}"
+            return [
+                (
+                    ("fold", "folds"),
+                    f"data.fold={self.fold} of data.folds={'null' if self.folds is None else self.folds}; {way_out}",
+                )
+            ]
+        if self.folds is not None and self.val_path is not None:
+            return [
+                (("folds", "val_path"), "data.folds makes its own validation parts; drop data.val_path, or data.folds")
+            ]
+        return []
+
+
+class ClassData(LabelledData):
+    """Samples with a class each."""
+
+    label_column: Text | None = None
+    """Column that holds the class, where rows have columns; null: label, labels, class, target, whichever is there."""
+    label_smoothing: Dropout = 0.0
+    """Share of the target that is spread over all classes (Szegedy et al. 2016, arXiv:1512.00567)."""
+    class_weights: Literal["none", "balanced"] = "none"
+    """Weight of each class in the loss: balanced makes rare classes count as much as frequent ones."""
+
+
+class TextClassData(ClassData):
+    """Labelled texts: csv, tsv, jsonl or parquet with a text and a label column, or a folder for each class."""
+
+    kind: Literal["text_classes"] = "text_classes"
+    text_column: Text = "text"
+    tokenizer: Tokenizer = "words:20000"
+    min_frequency: PositiveInt = 2
+    """A `words:N` vocabulary leaves out rarer words."""
+    max_length: PositiveInt = 256
+    """Tokens of a text beyond this are cut off."""
+
+
+class ImageData(ClassData):
+    """Images with a class each: idx files, parquet in the hub's layout, or a folder for each class."""
+
+    kind: Literal["images"] = "images"
+    image_column: Text | None = None
+    """null: image or img, whichever is there."""
+
+
+class TableData(LabelledData):
+    """Rows of numbers with a target column: csv or parquet."""
+
+    kind: Literal["table"] = "table"
+    task: Literal["classification", "regression"] = "classification"
+    target: Text | None = None
+    """Target column; null: the last one."""
+
+
+class PairData(DataSection):
+    """Pairs of texts, such as a sentence and its translation: csv, tsv, jsonl or parquet with two text columns."""
+
+    kind: Literal["pairs"] = "pairs"
+    path: Text | None = None
+    """File, folder or hub name; null: strings to copy and to reverse."""
+    val_path: Text | None = None
+    test_path: Text | None = None
+    val_fraction: Fraction = 0.1
+    source_column: Text = "source"
+    target_column: Text = "target"
+    tokenizer: Tokenizer = "chars"
+
+
+class CustomData(DataSection):
+    """A LightningDataModule of the user's own."""
+
+    kind: Literal["custom"] = "custom"
+    factory: Factory
+    """`package.module:function`; the package must also be allowed by `plugins=package`."""
+    args: dict[str, Any] = Field(default={})
+    """Keyword arguments of the factory."""
+
+
+AnyData = Annotated[
+    EmbeddedData | TextData | TextClassData | ImageData | TableData | PairData | CustomData, Field(discriminator="kind")
+]

@@ -1,0 +1,57 @@
+"""What a run learns to do: decided by the kinds of model and data together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal
+
+from lm_train.recipe.sections import Recipe
+
+Task = Literal["causal_lm", "masked_lm", "seq2seq", "classification", "regression", "custom"]
+_LANGUAGE = {"gpt": "causal_lm", "llama": "causal_lm", "recurrent": "causal_lm", "bert": "masked_lm"}
+"""What a network does with running text."""
+_READS = {
+    "embedded": (*_LANGUAGE, "hf", "custom"),
+    "text": (*_LANGUAGE, "hf", "custom"),
+    "text_classes": ("bert", "recurrent", "hf", "custom"),
+    "images": ("mlp", "cnn", "resnet", "hf", "custom"),
+    "table": ("mlp", "custom"),
+    "pairs": ("seq2seq", "hf", "custom"),
+}
+"""By kind of data: the kinds of model that take it; data of the user's own go into any."""
+
+
+def task_of(recipe: Recipe) -> Task:
+    """The task of a recipe whose model and data fit each other."""
+    model, data = recipe.model, recipe.data
+    match data.kind:
+        case "embedded" | "text":
+            if model.kind in ("hf", "custom"):
+                return model.language_task
+            return _LANGUAGE.get(model.kind, "causal_lm")  # type: ignore[return-value]
+        case "text_classes" | "images":
+            return "classification"
+        case "table":
+            return data.task
+        case "pairs":
+            return "seq2seq"
+        case "custom":
+            return "custom"
+
+
+def task_conflicts(recipe: Recipe) -> Iterator[tuple[list[tuple[str, ...]], str]]:
+    """A model that cannot take the data: the keys concerned, and a sentence with what would."""
+    model, data = recipe.model, recipe.data
+    takes = _READS.get(data.kind)
+    if takes is not None and model.kind not in takes:
+        fitting = [kind for kind, models in _READS.items() if model.kind in models]
+        yield (
+            [("model", "kind"), ("data", "kind")],
+            f"model={model.kind} does not take data={data.kind}; it takes data={', '.join(fitting)}; data={data.kind} goes into "
+            f"model={', '.join(takes)}",
+        )
+
+
+def samples_are_sequences(recipe: Recipe) -> bool:
+    """Whether a sample is model.block_size tokens of running text."""
+    return recipe.data.kind in ("embedded", "text")
