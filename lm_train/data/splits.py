@@ -58,8 +58,10 @@ class Duplicates(NamedTuple):
 
     split: Split
     other: Split
-    count: int
-    of: int
+    shared: int
+    """So many samples of the split."""
+    size: int
+    """Of the split."""
     sample: int
     """Number of the first of them, and its twin's in the other split."""
     twin: int
@@ -71,8 +73,8 @@ def duplicates(digests: Mapping[Split, Digests]) -> Iterable[Duplicates]:
         if split not in digests or other not in digests:
             continue
         here, there = digests[split], digests[other]  # type: ignore[index]
-        shared = np.isin(here, there)
-        if shared.any():
-            sample = int(np.flatnonzero(shared)[0])
+        twice = np.isin(here, there)
+        if twice.any():
+            sample = int(np.flatnonzero(twice)[0])
             twin = int(np.flatnonzero(there == here[sample])[0])
-            yield Duplicates(split, other, int(shared.sum()), len(here), sample, twin)  # type: ignore[arg-type]
+            yield Duplicates(split, other, int(twice.sum()), len(here), sample, twin)  # type: ignore[arg-type]
