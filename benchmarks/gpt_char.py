@@ -23,7 +23,7 @@ from report import write_results
 
 from lm_train.hardware import this_machine
 from lm_train.models import build
-from lm_train.plan import make_plan
+from lm_train.plan import DataFacts, make_plan
 from lm_train.recipe import load
 
 STEPS, BATCH, BLOCK = 2000, 12, 64
@@ -50,7 +50,7 @@ def plain(text: Path, seed: int) -> dict[str, float]:
     train, val = tokens[:cut], tokens[cut:]
     recipe = load(["recipe=gpt_char", f"data.path={text}"])
     torch.manual_seed(seed)
-    net = build(recipe.model, make_plan(recipe, this_machine()), len(ids))
+    net = build(recipe.model, make_plan(recipe, this_machine()), DataFacts(vocab_size=len(ids)))
     groups = [
         {"params": [p for p in net.parameters() if p.dim() >= 2], "weight_decay": 0.1},
         {"params": [p for p in net.parameters() if p.dim() < 2], "weight_decay": 0.0},

@@ -78,12 +78,12 @@ def measure(size: str, folder: Path) -> dict[str, float]:
     recipe = load(["recipe=gpt_debug", "optim={kind: adamw}", f"runs_dir={folder}", *words])
     plan = make_plan(recipe, Machine(cpu_cores=1, gpus=()))
     run = runs.create(recipe, plan)
-    data = build_data(recipe.data, plan, recipe.model.block_size, recipe.seed, run.tokenizer)
-    data.prepare(None)
+    data = build_data(recipe.data, plan, recipe.seed, run)
+    data.prepare(recipe.model)
 
     def network() -> torch.nn.Module:
         torch.manual_seed(0)
-        return build(recipe.model, plan, data.vocab_size)
+        return build(recipe.model, plan, data.facts)
 
     def bare() -> float:
         net = network()

@@ -51,4 +51,11 @@ def test_a_class_of_one_trains(n: int) -> None:
 def test_duplicates_are_found() -> None:
     whole = digests(20)
     (found,) = duplicates({"train": whole[:10], "test": np.array([whole[15], whole[3], whole[3]], dtype=np.uint64)})
-    assert (found.split, found.other, found.shared, found.size, found.sample, found.twin) == ("test", "train", 2, 3, 1, 3)
+    assert (found.split, found.other, found.shared, found.size, found.sample, found.twin) == (
+        "test",
+        "train",
+        2,
+        3,
+        1,
+        3,
+    )
