@@ -69,8 +69,8 @@ class Samples(ABC):
                 which makes no random choice.
         """
 
-    def total(self, samples: Integers) -> float:
-        """What the loss of a global batch of these samples is divided by."""
+    def total(self, samples: Integers, epochs: Integers) -> float:
+        """What the loss of a global batch of these samples is divided by; arguments as in `batch`."""
         return float(len(samples))
 
     def arranged(self, samples: Integers, epochs: Integers) -> tuple[Integers, Integers]:
@@ -91,7 +91,7 @@ class SampleBatches(StepBatches):
     def micro_batch(self, start: int, part: slice) -> Batch:
         positions = np.arange(start, start + self.plan.global_batch_size)
         epochs, chosen = self.order.samples(positions)
-        total = self.samples.total(chosen)
+        total = self.samples.total(chosen, epochs)
         chosen, epochs = self.samples.arranged(chosen, epochs)
         return self.samples.batch(chosen[part], epochs[part]) | {"total": total}
 
