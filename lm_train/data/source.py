@@ -79,7 +79,7 @@ def _files(section: TextData) -> Source:
     path, note = Path(section.path).expanduser(), ""
     by_split: dict[Split, list[Path]] = {"train": [path]}
     if path.is_dir():
-        by_split, unused = _files_of_folder(path)
+        by_split, unused = files_of_folder(path)
         if unused:
             note = f"{path}: beside files named train*, {len(unused)} files such as {unused[0].name} are not used"
     named = _named_files(section)
@@ -88,7 +88,7 @@ def _files(section: TextData) -> Source:
     if not by_split["train"]:
         raise DataError(f"{path}: data.val_path and data.test_path leave no file to train on")
     by_split = {split: files for split, files in by_split.items() if files} | named
-    fingerprint = _digest(*_identities(by_split), section.text_column, str(section.streaming))
+    fingerprint = digest_of_parts(*_identities(by_split), section.text_column, str(section.streaming))
     readers = {split: _files_reader(files, section.text_column) for split, files in by_split.items()}
     if "val" not in readers:
         only = by_split["train"][0]
@@ -96,10 +96,10 @@ def _files(section: TextData) -> Source:
             cut = character_boundary(only, int(only.stat().st_size * (1 - section.val_fraction)))
             readers["train"] = lambda: text_pieces(only, 0, cut)
             readers["val"] = lambda: text_pieces(only, cut)
-            fingerprint = _digest(fingerprint, str(section.val_fraction))
+            fingerprint = digest_of_parts(fingerprint, str(section.val_fraction))
         else:
             readers |= _split_documents(readers["train"], section)
-            fingerprint = _digest(fingerprint, *_split_rule(section))
+            fingerprint = digest_of_parts(fingerprint, *_split_rule(section))
     return Source(section.path, fingerprint, readers, note)
 
 
@@ -107,13 +107,13 @@ def _named_files(section: TextData) -> dict[Split, list[Path]]:
     """What data.val_path and data.test_path name."""
     named: dict[Split, list[Path]] = {}
     if section.val_path is not None:
-        named["val"] = _files_below(Path(section.val_path).expanduser())
+        named["val"] = files_below(Path(section.val_path).expanduser())
     if section.test_path is not None:
-        named["test"] = _files_below(Path(section.test_path).expanduser())
+        named["test"] = files_below(Path(section.test_path).expanduser())
     return named
 
 
-def _files_below(path: Path) -> list[Path]:
+def files_below(path: Path) -> list[Path]:
     """The file itself, or every file under the folder, sorted, through links, without hidden ones."""
     if not path.is_dir():
         return [path]
@@ -131,14 +131,14 @@ def _files_below(path: Path) -> list[Path]:
     return files
 
 
-def _files_of_folder(folder: Path) -> tuple[dict[Split, list[Path]], list[Path]]:
+def files_of_folder(folder: Path) -> tuple[dict[Split, list[Path]], list[Path]]:
     """Files by split, and those that are left out.
 
     Files or subfolders named train*, val*, dev*, test*, t10k* are the splits; without any train*, all others train.
     """
     named: dict[Split, list[Path]] = {"train": [], "val": [], "test": []}
     others: list[Path] = []
-    for file in _files_below(folder):
+    for file in files_below(folder):
         split = next((s for s in map(split_of, file.relative_to(folder).parts) if s is not None), None)
         (others if split is None else named[split]).append(file)
     if not named["train"]:
@@ -156,7 +156,7 @@ def _files_reader(files: list[Path], column: str) -> Reader:
     return read
 
 
-def _digest(*parts: str) -> str:
+def digest_of_parts(*parts: str) -> str:
     return hashlib.blake2b("\0".join(parts).encode(), digest_size=16).hexdigest()
 
 
@@ -165,13 +165,13 @@ def _identities(by_split: dict[Split, list[Path]]) -> list[str]:
     for file in (f for files in by_split.values() for f in files):
         if file.stat().st_size == 0:
             raise DataError(f"{file}: empty file")
-    return [f"{split}:{file_kind(f)}:{_content_hash(f)}" for split, files in sorted(by_split.items()) for f in files]
+    return [f"{split}:{file_kind(f)}:{content_hash(f)}" for split, files in sorted(by_split.items()) for f in files]
 
 
-def _content_hash(file: Path) -> str:
+def content_hash(file: Path) -> str:
     """Hash of a file's bytes; remembered by path, size and time, since a corpus may be large."""
     stat = file.stat()
-    identity = _digest(str(file.resolve()), str(stat.st_size), str(stat.st_mtime_ns), str(stat.st_ino))
+    identity = digest_of_parts(str(file.resolve()), str(stat.st_size), str(stat.st_mtime_ns), str(stat.st_ino))
     memo = cache_folder() / "hashes" / identity
     with suppress(OSError):
         return memo.read_text(encoding="utf-8")
@@ -243,7 +243,7 @@ def _hub(section: TextData) -> Source:
         raise DataError(f"{section.path}: no train split; it has {', '.join(found.splits)}")
     named = _named_files(section)
     readers |= {split: _files_reader(files, section.text_column) for split, files in named.items()}
-    fingerprint = _digest(
+    fingerprint = digest_of_parts(
         section.path,
         str(section.subset),
         found.revision,
@@ -253,7 +253,7 @@ def _hub(section: TextData) -> Source:
     )
     if "val" not in readers:
         readers |= _split_documents(readers["train"], section)
-        fingerprint = _digest(fingerprint, *_split_rule(section))
+        fingerprint = digest_of_parts(fingerprint, *_split_rule(section))
     return Source(section.path, fingerprint, readers)
 
 
@@ -298,6 +298,6 @@ def _standard_library() -> Source:
             if (digest < 0.1 * 2**64) == validating:
                 yield Piece(text, name, ends_document=True)
 
-    fingerprint = _digest(*(part for name, text in texts.items() for part in (name, text)))
+    fingerprint = digest_of_parts(*(part for name, text in texts.items() for part in (name, text)))
     label = "the Python standard library"
     return Source(label, fingerprint, {"train": lambda: read(False), "val": lambda: read(True)})
