@@ -31,7 +31,7 @@ def dry_run(recipe: Recipe) -> int:
     plan = make_plan(recipe, this_machine(), allocation)
     if allocation is not None and not allocation.is_primary:
         return ExitCode.DONE
-    facts, assumed = _assumed(plan, known_facts(recipe))
+    facts, assumed = with_assumptions(plan, known_facts(recipe))
     with torch.device("meta"):
         net = models.build(recipe.model, plan, facts)
     print(f"recipe {recipe.recipe}\nplan\n{plan.table()}\nparameters")
@@ -52,7 +52,7 @@ def dry_run(recipe: Recipe) -> int:
     return ExitCode.DONE
 
 
-def _assumed(plan: Plan, facts: DataFacts) -> tuple[DataFacts, str]:
+def with_assumptions(plan: Plan, facts: DataFacts) -> tuple[DataFacts, str]:
     """The facts with assumptions in place of what is not known, and what was assumed, for a person."""
     wanted = (
         ["vocab_size"]

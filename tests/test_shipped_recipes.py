@@ -9,13 +9,12 @@ import torch
 
 from lm_train import cli, dry_run, models
 from lm_train.hardware import GPU, Machine
-from lm_train.plan import known_facts, make_plan
+from lm_train.plan import known_facts, make_plan, parameter_count, parameter_shapes
 from lm_train.recipe import Recipe, load, shipped_recipes
 
 NAMES = tuple(shipped_recipes())
 LAPTOP = Machine(cpu_cores=2, gpus=())
 EIGHT_H100 = Machine(cpu_cores=104, gpus=(GPU("NVIDIA H100 80GB HBM3", 80 << 30, (9, 0)),) * 8)
-ASSUMED_VOCABULARY = 256
 
 pytestmark = pytest.mark.parametrize("name", NAMES)
 
@@ -56,12 +55,13 @@ def test_plan(name: str, machine: Machine) -> None:
 def test_plan_counts_the_real_parameters(name: str) -> None:
     recipe = recipe_of(name)
     plan = make_plan(recipe, LAPTOP)
-    if plan.n_parameters is None:  # characters: only the corpus knows how many
-        recipe = recipe_of(name, f"model.vocab_size={ASSUMED_VOCABULARY}")
-        plan = make_plan(recipe, LAPTOP)
+    facts, _ = dry_run.with_assumptions(plan, known_facts(recipe))  # what only the data know
+    counted = parameter_shapes(recipe.model, plan.task, facts)
+    assert counted is not None
     with torch.device("meta"):
-        net = models.build(recipe.model, plan, known_facts(recipe))
-    assert plan.n_parameters == sum(p.numel() for p in net.parameters())
+        net = models.build(recipe.model, plan, facts)
+    assert counted == [(name, tuple(p.shape)) for name, p in net.named_parameters()]
+    assert plan.n_parameters in (None, parameter_count(counted))
 
 
 def test_dry_run(

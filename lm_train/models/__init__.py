@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from torch import nn
 
+from lm_train.models.cnn import CNN
 from lm_train.models.decoder import Decoder
 from lm_train.models.gpt import GPT
 from lm_train.models.llama import Llama
+from lm_train.models.mlp import MLP
+from lm_train.models.resnet import ResNet
 from lm_train.plan import DataFacts, Plan
 from lm_train.recipe import AnyModel
 
@@ -26,7 +29,19 @@ def build(section: AnyModel, plan: Plan, facts: DataFacts, initialise: bool = Tr
             return GPT(section, _vocab_size(section.vocab_size, facts), checkpointing, chunks, initialise)
         case "llama":
             return Llama(section, _vocab_size(section.vocab_size, facts), checkpointing, chunks, initialise)
+        case "mlp":
+            return MLP(section, *_sizes(facts), initialise)
+        case "cnn":
+            return CNN(section, *_sizes(facts), initialise)
+        case "resnet":
+            return ResNet(section, *_sizes(facts), initialise)
     raise AssertionError(section.kind)
+
+
+def _sizes(facts: DataFacts) -> tuple[tuple[int, ...], int]:
+    assert facts.input_shape is not None, "the data have no shape"
+    assert facts.n_outputs is not None, "the data have no targets"
+    return facts.input_shape, facts.n_outputs
 
 
 def _vocab_size(asked: int | str, facts: DataFacts) -> int:
@@ -35,4 +50,4 @@ def _vocab_size(asked: int | str, facts: DataFacts) -> int:
     return size
 
 
-__all__ = ["GPT", "Decoder", "Llama", "build"]
+__all__ = ["CNN", "GPT", "MLP", "Decoder", "Llama", "ResNet", "build"]

@@ -1,6 +1,7 @@
 """What will be done: recipe and machine in, one frozen Plan out. Free of torch."""
 
 from lm_train.plan.counts import flops_per_sample, parameter_count, parameter_shapes
+from lm_train.plan.counts.dense import pooled_shape
 from lm_train.plan.facts import DataFacts, known_facts
 from lm_train.plan.layout import Place, places
 from lm_train.plan.memory import StateBytes, checkpoint_bytes, state_bytes
@@ -20,6 +21,7 @@ __all__ = [
     "parameter_count",
     "parameter_shapes",
     "places",
+    "pooled_shape",
     "size_of",
     "state_bytes",
 ]

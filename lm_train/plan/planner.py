@@ -6,7 +6,7 @@ import os
 import shutil
 from typing import Literal
 
-from lm_train.errors import UsageError
+from lm_train.errors import DataError, UsageError
 from lm_train.hardware import BF16_SINCE, Machine
 from lm_train.plan.counts import flops_per_sample, parameter_count, parameter_shapes
 from lm_train.plan.facts import known_facts
@@ -52,7 +52,10 @@ def make_plan(recipe: Recipe, machine: Machine, allocation: Allocation | None = 
             "one process" if nodes * devices == 1 else "the model is replicated on each device"
         )
     task, facts = task_of(recipe), known_facts(recipe)
-    shapes = parameter_shapes(recipe.model, task, facts)
+    try:
+        shapes = parameter_shapes(recipe.model, task, facts)
+    except DataError as error:
+        raise UsageError(str(error)) from None
     n_parameters = None if shapes is None else parameter_count(shapes)
     state = None if shapes is None else state_bytes(shapes, strategy, precision, recipe.optim, nodes * devices)
     workers = recipe.data.num_workers

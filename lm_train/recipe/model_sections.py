@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from lm_train.recipe.base import Dropout, Factory, PositiveInt, PositiveIntOrAuto, Section, Text
+from lm_train.recipe.base import Count, Dropout, Factory, PositiveInt, PositiveIntOrAuto, Section, Text
 
 Activation = Literal["relu", "gelu", "tanh", "sigmoid", "silu", "leaky_relu"]
 Widths = Annotated[tuple[PositiveInt, ...], Field(strict=False, min_length=1)]
@@ -135,8 +135,8 @@ class MLP(ModelSection):
     """A multi-layer perceptron (Rumelhart, Hinton & Williams 1986) on images or tables."""
 
     kind: Literal["mlp"] = "mlp"
-    widths: Widths = (128,)
-    """Of the hidden layers, from input to output."""
+    widths: Annotated[tuple[PositiveInt, ...], Field(strict=False)] = (128,)
+    """Of the hidden layers, from input to output; none leaves a linear model."""
     activation: Activation = "relu"
     dropout: Dropout = 0.0
     """Probability, after each hidden layer."""
@@ -157,13 +157,36 @@ class CNN(ModelSection):
 
 
 class ResNet(ModelSection):
-    """A residual network (He et al. 2016, arXiv:1512.03385) for small images."""
+    """A small residual network (He et al. 2016, arXiv:1512.03385; its shape: D. Page 2018, "How to Train Your ResNet")."""
 
     kind: Literal["resnet"] = "resnet"
+    stem: PositiveInt = 32
+    """Channels of the first convolution."""
     channels: Widths = (64, 128, 256)
-    """Of the stages; each but the first halves height and width."""
-    blocks: PositiveInt = 2
+    """Of the stages; each halves height and width."""
+    blocks: Annotated[tuple[Count, ...], Field(strict=False, min_length=1)] = (1, 0, 1)
     """Residual blocks in each stage."""
+    norm: Literal["batch", "group"] = "batch"
+    """batch: over the micro batches of all processes (Ioffe & Szegedy 2015); group: over groups of a sample's channels (Wu & He
+    2018, arXiv:1803.08494), for small micro batches."""
+    head_scale: Annotated[float, Field(gt=0)] = 0.125
+    """Factor of the logits."""
+
+    def groups(self, channels: int) -> int:
+        """Groups of so many channels: 8, or as many below as divide them."""
+        return next(n for n in range(min(8, channels), 0, -1) if channels % n == 0)
+
+    def conflicts(self) -> list[tuple[tuple[str, ...], str]]:
+        if len(self.blocks) == len(self.channels):
+            return []
+        fit = [*self.blocks, *[0] * len(self.channels)][: len(self.channels)]
+        return [
+            (
+                ("blocks", "channels"),
+                f"model.blocks={list(self.blocks)} has {len(self.blocks)} entries for {len(self.channels)} stages of "
+                f"model.channels={list(self.channels)}; try model.blocks={fit}",
+            )
+        ]
 
 
 class HuggingFace(ModelSection):

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable
 
 from lm_train.plan.counts.decoders import decoder_shapes
+from lm_train.plan.counts.dense import dense_flops, dense_shapes
 from lm_train.plan.facts import DataFacts
 from lm_train.plan.plan import padded_vocab_size
 from lm_train.recipe import AnyModel, Task
@@ -29,6 +30,8 @@ def parameter_shapes(model: AnyModel, task: Task, facts: DataFacts) -> Shapes | 
     match model.kind:
         case "gpt" | "llama" if vocab_size is not None:
             return list(decoder_shapes(model, padded_vocab_size(vocab_size)))
+        case "mlp" | "cnn" | "resnet" if facts.input_shape is not None and facts.n_outputs is not None:
+            return list(dense_shapes(model, facts.input_shape, facts.n_outputs))
     return None
 
 
@@ -49,6 +52,8 @@ def flops_per_sample(model: AnyModel, task: Task, facts: DataFacts, n_parameters
         case "gpt" | "llama":
             tokens = model.block_size
             return tokens * (6 * n_parameters + 12 * model.n_layer * model.n_embd * tokens)
+        case "mlp" | "cnn" | "resnet" if facts.input_shape is not None and facts.n_outputs is not None:
+            return dense_flops(model, facts.input_shape, facts.n_outputs)
     return None
 
 
