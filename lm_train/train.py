@@ -271,6 +271,7 @@ def _quieten(plan: Plan) -> None:
         ".*number of training batches.*smaller than the logging interval.*",
         ".*isinstance.treespec, LeafSpec.*",  # lightning 2.6.6 on torch 2.13
         ".*DeepSpeed handles gradient clipping internally.*",
+        ".*recommended to use `self.log.*sync_dist=True.*",  # evaluations are summed over the ranks already
     ):
         warnings.filterwarnings("ignore", message=message, module="lightning.*")
     # deepspeed 0.19 on torch 2.13

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 import traceback
@@ -11,23 +12,28 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.data import DataLoader
 
 from lm_train import models, signals
 from lm_train.callbacks import Sample
+from lm_train.data.batches import EvaluationBatches, Samples
 from lm_train.data.text import TrainBatches
 from lm_train.errors import ExitCode
-from lm_train.modules import CausalLanguageModel
+from lm_train.hardware import Machine
+from lm_train.modules import CausalLanguageModel, Classification
 from lm_train.optim import build_optimizer, parameter_groups
-from lm_train.plan import DataFacts, Plan
+from lm_train.plan import DataFacts, Plan, make_plan
 from lm_train.recipe import load
 from lm_train.runs import RunFolder
-from lm_train.train import train
+from lm_train.strategy import LaunchedRank, build_strategy, drawn
+from lm_train.train import _quieten, train
 
 
 def run(
@@ -274,6 +280,86 @@ def _count_bare_deepspeed(steps: int, accumulate: int, net: Any, plan: Plan, blo
             engine.step()
 
     return _counted(step, steps)
+
+
+def evaluate_logits(file: str, strategy: str, micro_batch_size: int, fault: bool = False) -> Any:
+    """What a classification reports of given logits when this and the other ranks evaluate them.
+
+    Args:
+        file: .npz with `logits`, (n, C), and `labels`, (n,).
+        strategy: ddp or fsdp.
+        micro_batch_size: samples of a rank's batch.
+        fault: what only fills up the last batches counts, too.
+    """
+    saved = np.load(file)
+    logits, labels = torch.from_numpy(saved["logits"]), torch.from_numpy(saved["labels"])
+
+    class Given(Samples):
+        def __len__(self) -> int:
+            return len(labels)
+
+        def batch(self, samples: Any, epochs: Any) -> dict[str, Any]:
+            return {"inputs": logits[samples], "labels": labels[samples]}
+
+    world_size = int(os.environ["WORLD_SIZE"])
+    recipe = load(["recipe=gpt_debug", f"trainer.devices={world_size}", f"trainer.strategy={strategy}"])
+    plan = make_plan(recipe, Machine(cpu_cores=2, gpus=()))
+    plan = plan.model_copy(update={"micro_batch_size": micro_batch_size})
+    net = _Passing(logits.shape[1])
+    names = tuple(f"class {i}" for i in range(logits.shape[1]))
+    module = Classification(net, recipe.optim, plan, seed=0, class_names=names, label_smoothing=0.3)
+    batches: Any = EvaluationBatches(Given(), plan, int(os.environ["RANK"]))
+    if fault:
+        batches = [batch | {"valid": torch.ones_like(batch["valid"])} for batch in batches]
+    counter = _CountedEvaluation()
+    _quieten(plan)
+    trainer = L.Trainer(
+        accelerator="cpu",
+        devices=world_size,
+        strategy=build_strategy(plan, drawn(0)),
+        plugins=[LaunchedRank()],
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        use_distributed_sampler=False,
+        callbacks=[counter],
+    )
+    trainer.validate(module, DataLoader(batches, batch_size=None), verbose=False)
+    assert module.scores is not None
+    assert module.scores.confusion is not None
+    return {
+        "metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
+        "confusion": module.scores.confusion.tolist(),
+        "collectives": counter.collectives,
+        "saved": sorted(module.state_dict()),
+        "parameters": [name for name, _ in module.named_parameters()],
+    }
+
+
+class _Passing(nn.Module):
+    """Gives its inputs back, through a weight that can be sharded."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.eye(width))
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return inputs @ self.weight
+
+
+class _CountedEvaluation(L.Callback):
+    """Counts the collectives from an evaluation's last batch to its end, when all metrics stand."""
+
+    collectives = 0
+
+    def on_validation_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        if args[2] + 1 == trainer.num_val_batches[0]:
+            self._profile = profile(activities=[ProfilerActivity.CPU]).__enter__()
+
+    def on_validation_end(self, *args: Any) -> None:
+        self._profile.__exit__(None, None, None)
+        self.collectives = _counts(self._profile)["collectives"]
 
 
 def main() -> None:

@@ -28,6 +28,7 @@ ROOMS = (
     "models",
     "optim",
     "data",
+    "metrics",
     "rendezvous",
     "strategy",
     "modules",

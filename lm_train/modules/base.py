@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 import lightning.pytorch as L
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from lm_train.data import Batch
@@ -136,12 +137,15 @@ class TrainingModule(L.LightningModule, ABC):
         if getattr(self.trainer, "stop_code", None) is not None:
             return  # cut off by a stop: a part of the split
         metrics = {f"{split}/{name}": value.float() for name, value in self.evaluation(split).items()}
-        # equal on all ranks already; sync_dist tells Lightning so, and keeps its own callbacks usable
-        self.log_dict(metrics, logger=False, sync_dist=True)
+        # equal on all ranks already: sync_dist would reduce each of them anew; Lightning's own callbacks find them here
+        self.log_dict(metrics, logger=False)
 
     def summed(self, totals: Tensor) -> Tensor:
-        """Sums over all ranks, of the totals' shape: a collective."""
-        return self.trainer.strategy.reduce(totals, reduce_op="sum")
+        """Sums over all ranks, of the totals' shape: one collective, where Lightning's `reduce` makes it two with a barrier."""
+        totals = totals.clone()
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(totals)
+        return totals
 
 
 def _input_type(plan: Plan) -> torch.dtype | None:
