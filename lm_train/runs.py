@@ -37,6 +37,7 @@ class RunFolder:
         self.wandb = self.root / "wandb"
         self.errors = self.root / "errors"
         self.tokenizer = self.root / "tokenizer.json"
+        self.preprocessing = self.root / "preprocessing.json"
 
     @property
     def name(self) -> str:

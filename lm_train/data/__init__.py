@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lm_train.data.batches import IGNORED, Batch
+from lm_train.data.images import ImageDataModule
 from lm_train.data.module import DataModule
 from lm_train.data.text import TextDataModule
 from lm_train.plan import Plan
@@ -22,7 +23,9 @@ def build(section: AnyData, plan: Plan, seed: int, folder: RunFolder) -> DataMod
     match section.kind:
         case "embedded" | "text":
             return TextDataModule(section, plan, seed, folder)
+        case "images":
+            return ImageDataModule(section, plan, seed, folder)
     raise AssertionError(section.kind)
 
 
-__all__ = ["IGNORED", "Batch", "DataModule", "TextDataModule", "build"]
+__all__ = ["IGNORED", "Batch", "DataModule", "ImageDataModule", "TextDataModule", "build"]

@@ -30,7 +30,7 @@ from lm_train.data.readers import (
 )
 from lm_train.errors import DataError, LMTrainError, OutputError
 from lm_train.recipe import EmbeddedData, TextData
-from lm_train.recipe.hub_names import is_hub_name
+from lm_train.recipe.checks import is_hub_name
 
 _SPLIT_NAMES: dict[Split, re.Pattern[str]] = {
     "train": re.compile(r"train(ing|set)?(?![a-z])"),
@@ -117,6 +117,14 @@ def files_below(path: Path) -> list[Path]:
     """The file itself, or every file under the folder, sorted, through links, without hidden ones."""
     if not path.is_dir():
         return [path]
+    files = files_inside(path)
+    if not files:
+        raise DataError(f"{path}: empty folder; expected text, jsonl, csv or parquet files")
+    return files
+
+
+def files_inside(path: Path) -> list[Path]:
+    """Every file under a folder, sorted, through links, without hidden ones."""
     files: list[Path] = []
     seen: set[Path] = set()
     for folder, folders, names in os.walk(path, followlinks=True):
@@ -125,10 +133,7 @@ def files_below(path: Path) -> list[Path]:
         if real not in seen:
             files += [Path(folder, name) for name in names if not name.startswith(".")]
         seen.add(real)
-    files = sorted(file for file in files if file.is_file())
-    if not files:
-        raise DataError(f"{path}: empty folder; expected text, jsonl, csv or parquet files")
-    return files
+    return sorted(file for file in files if file.is_file())
 
 
 def files_of_folder(folder: Path) -> tuple[dict[Split, list[Path]], list[Path]]:

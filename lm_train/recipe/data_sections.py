@@ -6,18 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from lm_train.recipe.base import (
-    Auto,
-    Count,
-    Dropout,
-    Factory,
-    Fraction,
-    FreeMapping,
-    PositiveInt,
-    PositiveIntOrAuto,
-    Section,
-    Text,
-)
+from lm_train.recipe.base import Auto, Count, Dropout, Factory, Fraction, PositiveInt, PositiveIntOrAuto, Section, Text
 from lm_train.recipe.tokenizer_names import is_tokenizer_name
 
 
@@ -140,8 +129,28 @@ class ImageData(ClassData):
     """Images with a class each: idx files, parquet in the hub's layout, or a folder for each class."""
 
     kind: Literal["images"] = "images"
+    subset: Text | None = None
+    """The hub data set's configuration."""
     image_column: Text | None = None
-    """null: image or img, whichever is there."""
+    """Column that holds the image, where rows have columns; null: image or img, whichever is there."""
+    image_size: PositiveInt | None = None
+    """Height and width to which every image is brought; null: they all have one size already."""
+    channels: Literal[1, 3] | Auto = "auto"
+    """1 turns every image grey, 3 to red, green and blue; auto: as the images are."""
+    crop: Count = 0
+    """Training images are mirrored outwards by so many pixels, and a random part of their own size is cut out."""
+    flip: bool = False
+    """Half of the training images are seen in a mirror, left for right."""
+    rotation: Annotated[float, Field(ge=0, le=180)] = 0.0
+    """Training images are turned by up to so many degrees to either side."""
+    scale: Annotated[float, Field(ge=0, le=0.9)] = 0.0
+    """Training images are made larger or smaller by up to this share: 0.1 is 0.9 to 1.1."""
+    erasing: Count = 0
+    """Side in pixels of a square that is set to the training set's mean, anywhere in a training image (DeVries & Taylor
+    2017, "Improved Regularization of Convolutional Neural Networks with Cutout", arXiv:1708.04552)."""
+    mixup: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """alpha of the Beta distribution by which a training image is mixed with another one, and their classes alike (Zhang
+    et al. 2018, "mixup: Beyond Empirical Risk Minimization", arXiv:1710.09412); 0: not at all."""
 
 
 class TableData(LabelledData):
@@ -173,7 +182,7 @@ class CustomData(DataSection):
     kind: Literal["custom"] = "custom"
     factory: Factory
     """`package.module:function`; the package must also be allowed by `plugins=package`."""
-    args: FreeMapping = Field(default={})
+    args: dict[str, Any] = Field(default={})
     """Keyword arguments of the factory."""
 
 
