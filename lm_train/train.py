@@ -30,7 +30,9 @@ from lm_train.rendezvous import meet
 from lm_train.runs import RunFolder
 from lm_train.strategy import (
     LaunchedRank,
+    Weights,
     build_strategy,
+    built_anew,
     casts_initial_weights,
     compile_network,
     drawn,
@@ -63,6 +65,8 @@ def train(folder: RunFolder, resume_from: Path | None = None, callbacks: Sequenc
     done_before = checkpoint is not None and checkpoint.state["step"] >= plan.max_steps
     torch.manual_seed(recipe.seed)
     net = models.build(recipe.model, plan, datamodule.facts, initialise=not shards_at_build(plan))
+    build_whole = partial(models.build, recipe.model, plan, datamodule.facts)
+    weights = drawn(recipe.seed) if hasattr(net, "fill") else built_anew(recipe.seed, build_whole)
     module = modules.build(net, recipe, plan, datamodule)
     if plan.compile:
         compile_network(net, plan)
@@ -88,9 +92,7 @@ def train(folder: RunFolder, resume_from: Path | None = None, callbacks: Sequenc
             accelerator=plan.accelerator,
             devices=int(os.environ.get("LOCAL_WORLD_SIZE", plan.devices)),  # the GPUs that this process sees
             num_nodes=plan.nodes,
-            strategy=build_strategy(
-                plan, read_by(checkpoint.fill) if checkpoint and done_before else drawn(recipe.seed)
-            ),
+            strategy=build_strategy(plan, read_by(checkpoint.fill) if checkpoint and done_before else weights),
             plugins=[LaunchedRank()],
             precision=trainer_precision(plan),
             max_steps=plan.max_steps,
@@ -110,7 +112,7 @@ def train(folder: RunFolder, resume_from: Path | None = None, callbacks: Sequenc
             logger=run_loggers,
             callbacks=[
                 *_restoring(checkpoint, fingerprint),
-                *([_ExactStart(recipe.seed)] if checkpoint is None and casts_initial_weights(plan) else []),
+                *([_ExactStart(weights)] if checkpoint is None and casts_initial_weights(plan) else []),
                 StopAgreement(),
                 metrics,
                 Progress(metrics),
@@ -127,7 +129,6 @@ def train(folder: RunFolder, resume_from: Path | None = None, callbacks: Sequenc
         if rank == 0:
             _announce(recipe, plan, n_parameters, datamodule, resume_from)
         if checkpoint is not None and done_before:
-            build_whole = partial(models.build, recipe.model, plan, datamodule.facts)
             _finish(trainer, module, datamodule, checkpoint, folder, sample, build_whole)
         else:
             trainer.fit(module, datamodule=datamodule)
@@ -157,12 +158,12 @@ class _Restore(L.Callback):
 class _ExactStart(L.Callback):
     """Gives the optimizer the fp32 initial weights that a strategy has rounded on its way."""
 
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
+    def __init__(self, weights: Weights) -> None:
+        self.weights = weights
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         views = views_of(pl_module.net, trainer.optimizers[0], trainer.global_rank, trainer.world_size)
-        set_initial_weights(views, self.seed)
+        set_initial_weights(views, self.weights)
 
 
 def _restoring(checkpoint: CheckpointReader | None, fingerprint: str) -> list[L.Callback]:
@@ -190,7 +191,7 @@ def _finish(
     Where the strategy will cut the network up, rank 0 alone draws the text, from a whole one on the host.
     """
     net: nn.Module | None = module.net
-    if shards_at_build(module.plan):
+    if any(parameter.is_meta for parameter in module.net.parameters()):
         net = build_whole() if trainer.is_global_zero and sample is not None else None
     if net is not None:
         checkpoint.load(views_of(net, None, trainer.global_rank, trainer.world_size))

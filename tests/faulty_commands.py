@@ -267,7 +267,7 @@ tracking.hf_token=x -> secrets come from the environment
 "seed=5 > x" -> got '5 > x'
 "name=a|b" -> name: expected text of letters, digits, dot, dash and underscore
 "recipe=gpt_debug; touch x" -> recipe=gpt_debug; touch x: no such recipe
-"recipe=$(touch x)" -> recipe=$(touch x): no such recipe; there are gpt_char
+"recipe=$(touch x)" -> recipe=$(touch x): no such recipe; there are
 "recipe=`touch x`" -> no such recipe; there are
 name=a/b -> name: expected text of letters
 name=.. -> name: expected text of letters
@@ -281,7 +281,7 @@ name=a\nb -> name: expected text of letters
 recipe= -> recipe: expected the name or the path of a recipe; got nothing
 recipe=null -> recipe: expected the name or the path of a recipe; got null
 recipe=[a] -> recipe: expected the name or the path of a recipe; got ['a']
-recipe=nowhere -> recipe=nowhere: no such recipe; there are gpt_char
+recipe=nowhere -> recipe=nowhere: no such recipe; there are
 recipe=./nowhere.yaml -> recipe=./nowhere.yaml: no such file
 recipe=../../../../../../etc/passwd -> expected a file that ends in .yaml or .yml
 recipe=/etc/passwd -> recipe=/etc/passwd: expected a file that ends in .yaml or .yml

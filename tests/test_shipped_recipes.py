@@ -54,6 +54,8 @@ def test_plan(name: str, machine: Machine) -> None:
 
 def test_plan_counts_the_real_parameters(name: str) -> None:
     recipe = recipe_of(name)
+    if recipe.model.kind == "hf":
+        pytest.skip("transformers alone knows")
     plan = make_plan(recipe, LAPTOP)
     facts, _ = dry_run.with_assumptions(plan, known_facts(recipe))  # what only the data know
     counted = parameter_shapes(recipe.model, plan.task, facts)

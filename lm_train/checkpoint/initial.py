@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 
 from lm_train.checkpoint.views import PARAM, View, Views
-from lm_train.strategy.weights import drawn
+from lm_train.strategy.weights import Weights
 
 
-def set_initial_weights(views: Views, seed: int) -> None:
-    """Draws every parameter as the network's own initialisation would, one at a time, and keeps this rank's ranges.
+def set_initial_weights(views: Views, weights: Weights) -> None:
+    """Gives every parameter the value that `weights` has for it, one at a time, and keeps this rank's ranges.
 
     DeepSpeed makes its fp32 master weights from parameters that were cast to 16 bits before: another model than the one
     that the other strategies start from.
@@ -19,7 +19,7 @@ def set_initial_weights(views: Views, seed: int) -> None:
         if view.key == PARAM:
             own.setdefault(view.name, []).append(view)
     shapes = views.shapes()
-    with drawn(seed)(views.net) as fill:
+    with weights(views.net) as fill:
         for name, shape in shapes.items():
             full = torch.empty(shape, dtype=torch.float32)
             fill(name, full)

@@ -30,7 +30,7 @@ from lm_train.data.readers import (
 )
 from lm_train.errors import DataError, LMTrainError, OutputError
 from lm_train.recipe import EmbeddedData, TextData
-from lm_train.recipe.checks import is_hub_name
+from lm_train.recipe.hub_names import is_hub_name
 
 _SPLIT_NAMES: dict[Split, re.Pattern[str]] = {
     "train": re.compile(r"train(ing|set)?(?![a-z])"),

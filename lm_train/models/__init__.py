@@ -7,6 +7,7 @@ from torch import nn
 from lm_train.models.cnn import CNN
 from lm_train.models.decoder import Decoder
 from lm_train.models.gpt import GPT
+from lm_train.models.hf import build_hf
 from lm_train.models.llama import Llama
 from lm_train.models.mlp import MLP
 from lm_train.models.resnet import ResNet
@@ -21,7 +22,8 @@ def build(section: AnyModel, plan: Plan, facts: DataFacts, initialise: bool = Tr
         section: the recipe's model section.
         plan: decides the task, activation checkpointing and the pieces of the loss.
         facts: of the data; `section.vocab_size` wins over theirs.
-        initialise: False leaves every parameter on the meta device; its initial value comes from the network's `fill`.
+        initialise: False leaves every parameter on the meta device; its initial value comes from the network's `fill`. A
+            network of someone else's has no `fill`, and is always built whole.
     """
     checkpointing, chunks = plan.activation_checkpointing, plan.cross_entropy_chunks
     match section.kind:
@@ -35,6 +37,8 @@ def build(section: AnyModel, plan: Plan, facts: DataFacts, initialise: bool = Tr
             return CNN(section, *_sizes(facts), initialise)
         case "resnet":
             return ResNet(section, *_sizes(facts), initialise)
+        case "hf":
+            return build_hf(section, plan, facts)
     raise AssertionError(section.kind)
 
 

@@ -164,9 +164,16 @@ def _dropout_key(*parts: int) -> int:
 
 
 def parameter_table(net: nn.Module) -> Iterable[tuple[str, int]]:
-    """Name and parameters of each direct child of the network, shared ones counted where they stand first."""
+    """Name and parameters of each direct child of the network, shared ones counted where they stand first.
+
+    Of a network that is wrapped, the children of what is inside.
+    """
     seen: set[int] = set()
-    for name, child in net.named_children():
+    children, prefix = list(net.named_children()), ""
+    while len(children) == 1 and any(True for _ in children[0][1].children()):
+        prefix += f"{children[0][0]}."
+        children = list(children[0][1].named_children())
+    for name, child in ((prefix + name, child) for name, child in children):
         own = [p for p in child.parameters() if id(p) not in seen]
         seen.update(map(id, own))
         yield name, sum(p.numel() for p in own)

@@ -20,6 +20,8 @@ class DataFacts:
     """Classes, or values to predict."""
     pad_id: int | None = None
     """Token id that fills short sequences up."""
+    max_length: int | None = None
+    """Most tokens of one sample, where samples are texts of their own length."""
 
 
 def known_facts(recipe: Recipe) -> DataFacts:

@@ -3,30 +3,19 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from lm_train.recipe.explain import RESUME, nearest, nearest_value, shown
+from lm_train.recipe.foreign import foreign_conflicts
+from lm_train.recipe.hub_names import is_hub_name
 from lm_train.recipe.sections import Recipe
 from lm_train.recipe.strategies import Conflict, strategy_conflicts
 from lm_train.recipe.task import task_conflicts
 from lm_train.recipe.tokenizer_names import exists, is_path, known_vocab_size
 
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_DATA_SUFFIXES = (".txt", ".jsonl", ".json", ".csv", ".parquet", ".gz", ".md", ".py")
 DEBUG_STEPS = 20
-
-
-def is_hub_name(path: str) -> bool:
-    """Whether `data.path` means a data set of the hub: owner/name, and not a local path or the look of one."""
-    return (
-        _HUB_NAME.fullmatch(path) is not None
-        and not exists(path)
-        and not exists(path.split("/")[0])
-        and not path.endswith(_DATA_SUFFIXES)
-    )
 
 
 def near_path(path: str, folder: Path = Path()) -> str:
@@ -78,6 +67,7 @@ def conflicts(recipe: Recipe) -> Iterator[Conflict]:
         for keys, message in getattr(recipe, section).conflicts():
             yield [(section, key) for key in keys], message
     yield from task_conflicts(recipe)
+    yield from foreign_conflicts(recipe)
     yield from _batch_conflicts(recipe)
     yield from _trainer_conflicts(recipe)
     yield from strategy_conflicts(recipe)

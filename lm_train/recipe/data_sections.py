@@ -6,7 +6,18 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from lm_train.recipe.base import Auto, Count, Dropout, Factory, Fraction, PositiveInt, PositiveIntOrAuto, Section, Text
+from lm_train.recipe.base import (
+    Auto,
+    Count,
+    Dropout,
+    Factory,
+    Fraction,
+    FreeMapping,
+    PositiveInt,
+    PositiveIntOrAuto,
+    Section,
+    Text,
+)
 from lm_train.recipe.tokenizer_names import is_tokenizer_name
 
 
@@ -182,7 +193,7 @@ class CustomData(DataSection):
     kind: Literal["custom"] = "custom"
     factory: Factory
     """`package.module:function`; the package must also be allowed by `plugins=package`."""
-    args: dict[str, Any] = Field(default={})
+    args: FreeMapping = Field(default={})
     """Keyword arguments of the factory."""
 
 

@@ -338,6 +338,8 @@ def _parts(annotation: Any, metadata: Iterable[Any], value: Any) -> tuple[list[s
         return [", ".join(map(str, words))], [w for w in words if isinstance(w, str)]
     if origin is tuple:
         return ["a list such as [a, b]"], []
+    if origin is dict:
+        return ["keys and values such as {key: value}"], []
     names = {int: "an integer", float: "a number", bool: "true or false", str: "text", type(None): "null"}
     words = {bool: ["true", "false"], type(None): ["null"]}.get(annotation, [])
     bounds = [b for m in metadata for b in _bounds(m, value)] if annotation in (int, float, str) else []

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from lm_train.recipe.base import Count, Dropout, Factory, PositiveInt, PositiveIntOrAuto, Section, Text
+from lm_train.recipe.base import Count, Dropout, Factory, FreeMapping, PositiveInt, PositiveIntOrAuto, Section, Text
 
 Activation = Literal["relu", "gelu", "tanh", "sigmoid", "silu", "leaky_relu"]
 Widths = Annotated[tuple[PositiveInt, ...], Field(strict=False, min_length=1)]
@@ -194,13 +194,46 @@ class HuggingFace(ModelSection):
 
     kind: Literal["hf"] = "hf"
     path: Text | None = None
-    """Local folder with config.json, and with weights unless `from_scratch`."""
-    config: dict[str, Any] = Field(default={})
+    """Folder with config.json and safetensors weights, or a model of the Hugging Face hub (owner/name)."""
+    from_scratch: bool = False
+    """Take only the configuration from `path`, and draw the weights anew."""
+    config: FreeMapping = Field(default={})
     """The configuration's keys, model_type among them, where there is no path; with one, what is changed in it."""
     block_size: PositiveInt = 128
-    """Tokens in one sequence of text."""
+    """Tokens in one sequence of running text."""
     language_task: Literal["causal_lm", "masked_lm"] = "causal_lm"
     """What it learns on running text."""
+
+    def conflicts(self) -> list[tuple[tuple[str, ...], str]]:
+        found: list[tuple[tuple[str, ...], str]] = []
+        model_type = self.config.get("model_type")
+        if self.path is None and not isinstance(model_type, str):
+            found.append(
+                (
+                    ("config", "path"),
+                    "model=hf needs model.config={model_type: gpt2, ...}, or model.path=FOLDER with config.json and weights",
+                )
+            )
+        if self.path is not None and model_type is not None:
+            found.append(
+                (
+                    ("config", "path"),
+                    "model.config: model_type is what model.path says; leave it out, or leave out model.path",
+                )
+            )
+        if self.path is None and self.from_scratch:
+            found.append(
+                (("from_scratch", "path"), "model.from_scratch=true needs model.path; a configuration is always drawn")
+            )
+        code = next((key for key in ("trust_remote_code", "auto_map", "custom_pipelines") if key in self.config), None)
+        if code is not None:
+            found.append(
+                (
+                    ("config",),
+                    f"model.config: {code} would run code that comes with a model; write a model of your own as model=custom",
+                )
+            )
+        return found
 
 
 class CustomModel(ModelSection):
@@ -209,7 +242,7 @@ class CustomModel(ModelSection):
     kind: Literal["custom"] = "custom"
     factory: Factory
     """`package.module:function`; the package must also be allowed by `plugins=package`."""
-    args: dict[str, Any] = Field(default={})
+    args: FreeMapping = Field(default={})
     """Keyword arguments of the factory."""
     block_size: PositiveInt = 128
     """Tokens in one sequence of text."""

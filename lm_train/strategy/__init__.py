@@ -14,7 +14,7 @@ from lm_train.strategy.fsdp import FullySharded
 from lm_train.strategy.gradients import Norm, clip_gradients
 from lm_train.strategy.launched import LaunchedRank
 from lm_train.strategy.units import units_of
-from lm_train.strategy.weights import Weights, drawn, read_by
+from lm_train.strategy.weights import Weights, built_anew, drawn, read_by
 from lm_train.strategy.zero import Zero
 
 _SYNC_BUFFERS = next(
@@ -86,8 +86,10 @@ __all__ = [
     "FullySharded",
     "LaunchedRank",
     "Norm",
+    "Weights",
     "Zero",
     "build_strategy",
+    "built_anew",
     "casts_initial_weights",
     "clip_gradients",
     "compile_network",

@@ -25,6 +25,23 @@ def drawn(seed: int) -> Weights:
     return weights
 
 
+def built_anew(seed: int, build: Callable[[], nn.Module]) -> Weights:
+    """The initial weights of a network that has no `fill`, from another one built whole with the same seed."""
+
+    @contextmanager
+    def weights(net: nn.Module) -> Iterator[Fill]:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(seed)
+            whole = dict(build().named_parameters())
+
+            def fill(name: str, tensor: Tensor) -> None:
+                tensor.copy_(whole[name])
+
+            yield fill
+
+    return weights
+
+
 def read_by(read: Fill) -> Weights:
     """Values from elsewhere, such as a checkpoint."""
 
