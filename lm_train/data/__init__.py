@@ -5,6 +5,7 @@ from __future__ import annotations
 from lm_train.data.batches import IGNORED, Batch
 from lm_train.data.images import ImageDataModule
 from lm_train.data.module import DataModule
+from lm_train.data.table import TableDataModule
 from lm_train.data.text import TextDataModule
 from lm_train.plan import Plan
 from lm_train.recipe import AnyData
@@ -25,7 +26,9 @@ def build(section: AnyData, plan: Plan, seed: int, folder: RunFolder) -> DataMod
             return TextDataModule(section, plan, seed, folder)
         case "images":
             return ImageDataModule(section, plan, seed, folder)
+        case "table":
+            return TableDataModule(section, plan, seed, folder)
     raise AssertionError(section.kind)
 
 
-__all__ = ["IGNORED", "Batch", "DataModule", "ImageDataModule", "TextDataModule", "build"]
+__all__ = ["IGNORED", "Batch", "DataModule", "ImageDataModule", "TableDataModule", "TextDataModule", "build"]

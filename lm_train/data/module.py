@@ -31,6 +31,8 @@ class DataModule(L.LightningDataModule, ABC):
 
     class_names: tuple[str, ...] = ()
     """Of a classification, in the order of the labels."""
+    target_scale: tuple[float, ...] = ()
+    """Of a regression: one unit of each value, as the network learns it, in units of the data."""
 
     def __init__(self, plan: Plan, seed: int) -> None:
         super().__init__()

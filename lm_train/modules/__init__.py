@@ -29,7 +29,7 @@ def build(net: nn.Module, recipe: Recipe, plan: Plan, data: DataModule) -> Train
             smoothing = getattr(recipe.data, "label_smoothing", 0.0)
             return Classification(net, recipe.optim, plan, recipe.seed, data.class_names, smoothing)
         case "regression":
-            return Regression(net, recipe.optim, plan, recipe.seed)
+            return Regression(net, recipe.optim, plan, recipe.seed, data.target_scale)
     raise AssertionError(plan.task)
 
 

@@ -32,4 +32,8 @@ def known_facts(recipe: Recipe) -> DataFacts:
     vocab_size = asked if isinstance(asked, int) else None if tokenizer is None else known_vocab_size(tokenizer)
     if data.kind == "images" and data.path is None:
         return DataFacts(input_shape=(1, 8, 8), n_outputs=10)  # scikit-learn's digits
+    if data.kind == "table" and data.path is None and not data.target and not data.drop_columns:
+        # scikit-learn's breast cancer and diabetes sets
+        classifies = data.task == "classification"
+        return DataFacts(input_shape=(30,) if classifies else (10,), n_outputs=2 if classifies else 1)
     return DataFacts(vocab_size=vocab_size)

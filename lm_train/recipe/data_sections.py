@@ -164,13 +164,52 @@ class ImageData(ClassData):
     et al. 2018, "mixup: Beyond Empirical Risk Minimization", arXiv:1710.09412); 0: not at all."""
 
 
+def _one_or_more(value: Any) -> Any:
+    return (value,) if isinstance(value, str | int | float) else value
+
+
+Columns = Annotated[tuple[Text, ...], BeforeValidator(_one_or_more), Field(strict=False)]
+
+
 class TableData(LabelledData):
-    """Rows of numbers with a target column: csv or parquet."""
+    """Rows of numbers and categories with a target: csv, tsv, jsonl or parquet. A column of texts becomes one number for each
+    of its values, 1 where the row has it and 0 elsewhere."""
 
     kind: Literal["table"] = "table"
     task: Literal["classification", "regression"] = "classification"
-    target: Text | None = None
-    """Target column; null: the last one."""
+    target: Annotated[Columns, Field(min_length=1)] | None = None
+    """Target column, of a regression also several; null: the last one."""
+    drop_columns: Columns = ()
+    """Columns that the network does not see, such as a row's number."""
+    missing: Literal["mean", "median", "drop", "error"] = "mean"
+    """Of missing numbers (nothing, NA, NaN, null, ?): the training rows' mean or median takes their place, their rows are left
+    out, or the run ends. A missing text counts as a value that is not known."""
+    outliers: Literal["keep", "clip", "drop"] = "keep"
+    """Of numbers far from the others: brought to the limit, or, of training rows, left out."""
+    outlier_rule: Literal["deviations", "iqr"] = "deviations"
+    """Far is so many standard deviations from the mean, or so many interquartile ranges from the nearer quartile."""
+    outlier_limit: Annotated[float, Field(gt=0)] = 4.0
+    scaling: Literal["standard", "minmax", "robust", "none"] = "standard"
+    """Numbers get mean 0 and deviation 1, or lie between 0 and 1, or get median 0 and interquartile range 1, or stay."""
+    max_categories: PositiveInt = 20
+    """Most different values of a column of texts."""
+
+    def conflicts(self) -> list[tuple[tuple[str, ...], str]]:
+        found = super().conflicts()
+        targets = self.target or ()
+        if self.task == "classification" and len(targets) > 1:
+            found.append(
+                (
+                    ("target", "task"),
+                    f"a classification has one target, not {', '.join(targets)}; name one, or set data.task=regression",
+                )
+            )
+        both = sorted(set(targets) & set(self.drop_columns))
+        if both:
+            found.append(
+                (("target", "drop_columns"), f"column {both[0]} is named in data.target and data.drop_columns")
+            )
+        return found
 
 
 class PairData(DataSection):

@@ -1,0 +1,242 @@
+"""Cells of a table to numbers for a network: missing values, outliers, scaling, categories; learnt from training rows only."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from numbers import Real
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lm_train.errors import DataError
+from lm_train.recipe import TableData
+
+Numbers = npt.NDArray[np.float64]
+Mask = npt.NDArray[np.bool_]
+MISSING = frozenset({"", "?", "na", "n/a", "nan", "null", "none"})
+"""What a cell without a value holds, besides nothing; in upper or lower case."""
+
+
+@dataclass(frozen=True)
+class NumberColumn:
+    """A column of numbers: x becomes (clip(x or `fill`) - shift) / scale."""
+
+    name: str
+    fill: float
+    """In place of a missing value."""
+    low: float
+    high: float
+    """What lies outside is an outlier."""
+    shift: float
+    scale: float
+
+    @property
+    def width(self) -> int:
+        return 1
+
+
+@dataclass(frozen=True)
+class TextColumn:
+    """A column of texts, one-hot: a value that is missing, or that no training row has, is all zeros."""
+
+    name: str
+    values: tuple[str, ...]
+
+    @property
+    def width(self) -> int:
+        return len(self.values)
+
+
+Column = NumberColumn | TextColumn
+
+
+@dataclass
+class Cells:
+    """One split as it was read: values by column, and the place of each row, for messages."""
+
+    columns: dict[str, list[Any]]
+    places: list[str]
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def rows(self, chosen: Sequence[int] | npt.NDArray[Any]) -> Cells:
+        columns = {name: [values[i] for i in chosen] for name, values in self.columns.items()}
+        return Cells(columns, [self.places[i] for i in chosen])
+
+    def numbers(self, name: str) -> Numbers:
+        """A column's values, NaN where one is missing.
+
+        Raises:
+            DataError: at the first cell that is no number, or is infinite.
+        """
+        found = np.empty(len(self))
+        for i, value in enumerate(self.columns[name]):
+            number = math.nan if is_missing(value) else as_number(value)
+            if number is None or math.isinf(number):
+                expected = "a finite number" if number is not None else "a number, as in most training rows"
+                raise DataError(f"{self.places[i]}: column {name!r} is {value!r:.80}, expected {expected}")
+            found[i] = number
+        return found
+
+
+def is_missing(value: Any) -> bool:
+    if isinstance(value, str):
+        return value.strip().lower() in MISSING
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def as_number(value: Any) -> float | None:
+    """The number that a cell holds; None for a text that is none."""
+    if isinstance(value, str):
+        try:
+            return None if "_" in value else float(value)
+        except ValueError:
+            return None
+    return float(value) if isinstance(value, Real) or hasattr(value, "as_tuple") else None
+
+
+@dataclass
+class Preprocessing:
+    """What was learnt from the training rows; the same is done to every row.
+
+    Missing values are filled in first, then outliers are treated, then numbers are scaled.
+    """
+
+    columns: list[Column]
+    unused: dict[str, str] = field(default_factory=dict)
+    """Columns that carry nothing, with the reason."""
+
+    @classmethod
+    def learn(cls, cells: Cells, names: Sequence[str], section: TableData) -> Preprocessing:
+        """Learns from training rows.
+
+        Args:
+            cells: the training rows.
+            names: of the columns that go into the network.
+            section: what is to be done.
+
+        Raises:
+            DataError: naming row and column.
+        """
+        found = cls([])
+        for name in names:
+            values = [value for value in cells.columns[name] if not is_missing(value)]
+            readable = sum(as_number(value) is not None for value in values)
+            if not values:
+                found.unused[name] = "it is empty"
+            elif 2 * readable >= len(values):
+                found._learn_number(name, cells.numbers(name), section)
+            else:
+                found._learn_text(name, values, section)
+        if not found.columns:
+            raise DataError("no column is left that carries anything; " + found.reasons())
+        return found
+
+    def _learn_number(self, name: str, values: Numbers, section: TableData) -> None:
+        present = values[~np.isnan(values)]
+        fill = float(np.median(present) if section.missing == "median" else present.mean())
+        if present.min() == present.max():
+            self.unused[name] = f"it is {present[0]:g} in every training row"
+            return
+        filled = np.where(np.isnan(values), fill, values)
+        low, high = _bounds(filled, section)
+        if section.outliers == "clip":
+            filled = filled.clip(low, high)
+        elif section.outliers == "drop":
+            filled = filled[(filled >= low) & (filled <= high)]
+        shift, scale = scaling_of(filled, section.scaling)
+        self.columns.append(NumberColumn(name, fill, low, high, shift, scale))
+
+    def _learn_text(self, name: str, values: list[Any], section: TableData) -> None:
+        distinct = sorted({str(value).strip() for value in values})
+        if len(distinct) > section.max_categories:
+            raise DataError(
+                f"column {name!r} has {len(distinct):,} different texts such as {distinct[0]!r:.40} and {distinct[-1]!r:.40}, "
+                f"more than data.max_categories={section.max_categories}; leave it out with data.drop_columns=[{name}], or raise "
+                "data.max_categories"
+            )
+        if len(distinct) == 1:
+            self.unused[name] = f"it is {distinct[0]!r:.40} in every training row"
+        else:
+            self.columns.append(TextColumn(name, tuple(distinct)))
+
+    def reasons(self) -> str:
+        return "; ".join(f"column {name!r} is left out: {reason}" for name, reason in self.unused.items())
+
+    @property
+    def width(self) -> int:
+        """Numbers of a row."""
+        return sum(column.width for column in self.columns)
+
+    def outlying(self, cells: Cells) -> Mask:
+        """Which rows have an outlier, (n,)."""
+        found = np.zeros(len(cells), dtype=bool)
+        for column in self.columns:
+            if isinstance(column, NumberColumn):
+                values = cells.numbers(column.name)  # a comparison with NaN is false
+                found |= (values < column.low) | (values > column.high)
+        return found
+
+    def apply(self, cells: Cells, clip: bool) -> tuple[npt.NDArray[np.float32], int]:
+        """The rows as the network sees them, (n, width), and how many texts among them no training row has."""
+        parts, unknown = [], 0
+        for column in self.columns:
+            if isinstance(column, NumberColumn):
+                values = cells.numbers(column.name)
+                values = np.where(np.isnan(values), column.fill, values)
+                if clip:
+                    values = values.clip(column.low, column.high)
+                parts.append(((values - column.shift) / column.scale)[:, None])
+            else:
+                number_of = {value: i for i, value in enumerate(column.values)}
+                one_hot = np.zeros((len(cells), column.width))
+                for i, value in enumerate(cells.columns[column.name]):
+                    number = None if is_missing(value) else number_of.get(str(value).strip())
+                    if number is not None:
+                        one_hot[i, number] = 1
+                    else:
+                        unknown += not is_missing(value)
+                parts.append(one_hot)
+        return np.concatenate(parts, axis=1).astype(np.float32), unknown
+
+    def facts(self) -> dict[str, Any]:
+        """For a file: what another program needs to treat a row alike."""
+        columns = [asdict(c) | {"type": "number" if isinstance(c, NumberColumn) else "text"} for c in self.columns]
+        return {"columns": columns, "unused_columns": self.unused}
+
+
+def missing_by_column(cells: Cells, names: Sequence[str]) -> dict[str, Mask]:
+    """Of each column that lacks values: where, (n,)."""
+    found = {name: np.array([is_missing(value) for value in cells.columns[name]], dtype=bool) for name in names}
+    return {name: mask for name, mask in found.items() if mask.any()}
+
+
+def scaling_of(values: Numbers, how: str) -> tuple[float, float]:
+    """Shift and scale, as scikit-learn's StandardScaler, MinMaxScaler and RobustScaler have them."""
+    match how:
+        case "standard":
+            shift, scale = values.mean(), values.std()
+        case "minmax":
+            shift, scale = values.min(), values.max() - values.min()
+        case "robust":
+            quarter, shift, three_quarters = np.percentile(values, (25, 50, 75))
+            scale = three_quarters - quarter
+        case _:
+            shift, scale = 0.0, 1.0
+    return float(shift), float(scale) or 1.0
+
+
+def _bounds(values: Numbers, section: TableData) -> tuple[float, float]:
+    """Between what values a number is no outlier."""
+    if section.outliers == "keep":
+        return float(values.min()), float(values.max())
+    k = section.outlier_limit
+    if section.outlier_rule == "iqr":
+        quarter, three_quarters = np.percentile(values, (25, 75))
+        reach = k * (three_quarters - quarter)
+        return float(quarter - reach), float(three_quarters + reach)
+    return float(values.mean() - k * values.std()), float(values.mean() + k * values.std())
