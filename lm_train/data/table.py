@@ -151,7 +151,8 @@ class TableDataModule(DataModule):
         for twins in duplicates(digests):
             one, two = splits[twins.split].places[twins.sample], splits[twins.other].places[twins.twin]
             self._notes.append(
-                f"{twins.shared:,} of {twins.size:,} {twins.split} rows stand in the {twins.other} split too, such as {one} = {two}"
+                f"{twins.shared:,} of {twins.size:,} {twins.split} rows stand in the {twins.other} split too, such as "
+                f"{one} = {two}"
             )
         return splits
 
