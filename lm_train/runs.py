@@ -34,6 +34,7 @@ class RunFolder:
         self.exit_code = self.root / "exit_code"
         self.metrics = self.root / "metrics.jsonl"
         self.checkpoints = self.root / "checkpoints"
+        self.evaluation = self.root / "evaluation"
         self.wandb = self.root / "wandb"
         self.errors = self.root / "errors"
         self.tokenizer = self.root / "tokenizer.json"

@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import EarlyStopping
 from torch import nn
 
 from lm_train import data, models, modules, runs
-from lm_train.callbacks import Checkpoints, DebugChecks, Metrics, Progress, Sample, StopAgreement
+from lm_train.callbacks import Checkpoints, DebugChecks, Evaluation, Metrics, Progress, Sample, StopAgreement
 from lm_train.callbacks.checkpoints import MONITOR, restore_state
 from lm_train.callbacks.debugging import overfit_one_batch
 from lm_train.checkpoint import CheckpointReader, set_initial_weights, views_of
@@ -86,7 +86,7 @@ def train(folder: RunFolder, resume_from: Path | None = None, callbacks: Sequenc
         metrics,
         state=lambda: {"gpu_hours": metrics.gpu_hours, "seed": recipe.seed, "data": fingerprint},
     )
-    sample = _sample(recipe, datamodule, net)
+    sample, evaluation = _sample(recipe, datamodule, net), Evaluation(folder)
     with loggers(recipe, plan, folder, rank) as run_loggers:
         trainer = StepTrainer(
             accelerator=plan.accelerator,
@@ -114,6 +114,7 @@ def train(folder: RunFolder, resume_from: Path | None = None, callbacks: Sequenc
                 *_restoring(checkpoint, fingerprint),
                 *([_ExactStart(weights)] if checkpoint is None and casts_initial_weights(plan) else []),
                 StopAgreement(),
+                evaluation,
                 metrics,
                 Progress(metrics),
                 *_early_stopping(recipe),
@@ -137,6 +138,7 @@ def train(folder: RunFolder, resume_from: Path | None = None, callbacks: Sequenc
         _say_why_early(trainer)
         if datamodule.has("test") and recipe.trainer.limit_test_batches != 0:
             trainer.test(module, datamodule=datamodule, verbose=False)
+        evaluation.show(trainer)
     if recipe.debug:
         _check_overfit(recipe, plan, datamodule, trainer)
     if rank == 0 and sample is not None and sample.text is not None:

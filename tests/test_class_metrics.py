@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -135,8 +136,6 @@ def test_counts_stay_whole_numbers_whatever_the_precision(cast: str) -> None:
 
 
 def test_a_file_holds_everything(tmp_path: Path) -> None:
-    import json
-
     torch.manual_seed(0)
     scores = scores_of(torch.randn(50, 4), torch.randint(4, (50,)))
     scores.write(tmp_path / "val.json", split="val", step=7)
