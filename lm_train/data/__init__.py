@@ -7,6 +7,7 @@ from lm_train.data.images import ImageDataModule
 from lm_train.data.module import DataModule
 from lm_train.data.table import TableDataModule
 from lm_train.data.text import TextDataModule
+from lm_train.data.text_classes import TextClassDataModule
 from lm_train.plan import Plan
 from lm_train.recipe import AnyData
 from lm_train.runs import RunFolder
@@ -28,7 +29,18 @@ def build(section: AnyData, plan: Plan, seed: int, folder: RunFolder) -> DataMod
             return ImageDataModule(section, plan, seed, folder)
         case "table":
             return TableDataModule(section, plan, seed, folder)
+        case "text_classes":
+            return TextClassDataModule(section, plan, seed, folder)
     raise AssertionError(section.kind)
 
 
-__all__ = ["IGNORED", "Batch", "DataModule", "ImageDataModule", "TableDataModule", "TextDataModule", "build"]
+__all__ = [
+    "IGNORED",
+    "Batch",
+    "DataModule",
+    "ImageDataModule",
+    "TableDataModule",
+    "TextClassDataModule",
+    "TextDataModule",
+    "build",
+]

@@ -29,12 +29,13 @@ from lm_train.data.tokenizer import (
     end_of_text_id,
     load_tokenizer,
     make_char_tokenizer,
+    make_word_tokenizer,
     train_bpe,
     vocabulary_size,
 )
 from lm_train.errors import DataError
 from lm_train.recipe import EmbeddedData, TextData
-from lm_train.recipe.tokenizer_names import trained_bpe_size
+from lm_train.recipe.tokenizer_names import trained_bpe_size, word_vocabulary_size
 
 _FORMAT = "1"
 _BATCH_BYTES = 1 << 20
@@ -161,10 +162,15 @@ def _tokenizer_of_corpus(section: EmbeddedData | TextData, source: Source) -> To
     with locked(file.with_suffix(".lock")):
         if not file.exists():
             _say(f"making the vocabulary {section.tokenizer} from {source.label}")
-            size = trained_bpe_size(section.tokenizer)
-            splits: tuple[Split, ...] = ("train",) if size else tuple(source.readers)
+            merges, words = trained_bpe_size(section.tokenizer), word_vocabulary_size(section.tokenizer)
+            splits: tuple[Split, ...] = ("train",) if merges or words else tuple(source.readers)
             texts = (piece.text for split in splits for piece in _watched(source.pieces(split)))
-            tokenizer = train_bpe(_first(texts, _BPE_TRAINING_CHARACTERS), size) if size else make_char_tokenizer(texts)
+            if merges:
+                tokenizer = train_bpe(_first(texts, _BPE_TRAINING_CHARACTERS), merges)
+            elif words:
+                tokenizer = make_word_tokenizer(_first(texts, _BPE_TRAINING_CHARACTERS), words)
+            else:
+                tokenizer = make_char_tokenizer(texts)
             write_text(file, tokenizer.to_str())
     return Tokenizer.from_file(str(file))
 

@@ -6,26 +6,28 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from lm_train.data.hub import download
 from lm_train.errors import DataError
-from lm_train.recipe.tokenizer_names import trained_bpe_size
+from lm_train.recipe.tokenizer_names import made_from_the_corpus
 
 END_OF_TEXT = "<|endoftext|>"
 """GPT-2's symbol between documents."""
 _ENDS_OF_TEXT = (END_OF_TEXT, "<|end_of_text|>", "<|eos|>", "<eos>", "</s>")
 """What other families' vocabularies call it."""
+PADDING, UNKNOWN = "<pad>", "<unk>"
+_PADDINGS = (PADDING, "[PAD]", "<|pad|>", "<|padding|>", "<|finetune_right_pad_id|>")
 _HUB_GPT2 = "openai-community/gpt2"
 
 
 def load_tokenizer(name: str) -> Tokenizer | None:
-    """The tokenizer of that name, or None if it is to be made from the corpus (`chars`, `bpe:N`).
+    """The tokenizer of that name, or None if it is to be made from the corpus (`chars`, `bpe:N`, `words:N`).
 
     Raises:
         DataError: if its files are not usable, or the hub is needed and out of reach.
     """
-    if name == "chars" or trained_bpe_size(name) is not None:
+    if made_from_the_corpus(name):
         return None
     if name == "bytes":
         return _byte_level({symbol: i for i, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, [])
@@ -50,8 +52,30 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def make_char_tokenizer(texts: Iterable[str]) -> Tokenizer:
+def make_word_tokenizer(texts: Iterable[str], most_words: int, min_frequency: int = 1) -> Tokenizer:
+    """One id for each of the most frequent words of `texts`; words are split at white space and around punctuation.
+
+    Before them come the symbols for padding, unknown words and the end of a text.
+    """
+    tokenizer = Tokenizer(models.WordLevel({}, unk_token=UNKNOWN))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    symbols = [PADDING, UNKNOWN, END_OF_TEXT]
+    trainer = trainers.WordLevelTrainer(
+        vocab_size=most_words + len(symbols),
+        min_frequency=min_frequency,
+        special_tokens=symbols,
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def make_char_tokenizer(texts: Iterable[str], symbols: tuple[str, ...] = ()) -> Tokenizer:
     """One id for each distinct character of `texts`, in code-point order, as nanoGPT's character data sets.
+
+    Args:
+        texts: all that is to be expressible, unless there is a symbol for what is not.
+        symbols: come before the characters, such as PADDING and UNKNOWN.
 
     Raises:
         DataError: if there is no text.
@@ -62,7 +86,10 @@ def make_char_tokenizer(texts: Iterable[str]) -> Tokenizer:
     if not found:
         raise DataError("data.tokenizer=chars: there is no text to take the characters from")
     characters = sorted(found)
-    tokenizer = Tokenizer(models.WordLevel({c: i for i, c in enumerate(characters)}, unk_token=characters[0]))
+    vocabulary = {c: i for i, c in enumerate((*symbols, *characters))}
+    unknown = UNKNOWN if UNKNOWN in symbols else characters[0]
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=unknown))
+    tokenizer.add_special_tokens(list(symbols))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(
         Regex(r"(?m:.)"), "isolated"
     )  # Oniguruma's m: a dot is any character
@@ -73,6 +100,36 @@ def make_char_tokenizer(texts: Iterable[str]) -> Tokenizer:
 def end_of_text_id(tokenizer: Tokenizer) -> int | None:
     """The id between documents, or None if the vocabulary has none (characters)."""
     return next((i for i in map(tokenizer.token_to_id, _ENDS_OF_TEXT) if i is not None), None)
+
+
+def padding_id(tokenizer: Tokenizer) -> int:
+    """The id that fills short texts up: the vocabulary's own, else the end of text, else 0; no network of ours sees it."""
+    named = next((i for i in map(tokenizer.token_to_id, _PADDINGS) if i is not None), None)
+    return named if named is not None else end_of_text_id(tokenizer) or 0
+
+
+def unknown_id(tokenizer: Tokenizer) -> int | None:
+    """The id of what is not in the vocabulary, or None if everything is."""
+    return next((i for i in map(tokenizer.token_to_id, (UNKNOWN, "[UNK]")) if i is not None), None)
+
+
+def join_pairs(tokenizer: Tokenizer) -> None:
+    """Makes the tokenizer put a separator between the two texts of a pair, unless it has a way of its own.
+
+    Raises:
+        DataError: if the vocabulary has no symbol that could separate.
+    """
+    if tokenizer.post_processor is not None:
+        return
+    number = end_of_text_id(tokenizer)
+    if number is None:
+        raise DataError(
+            "data.pair_column: the tokenizer has no end-of-text symbol to separate the texts; try words:20000"
+        )
+    symbol = tokenizer.id_to_token(number)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A", pair=f"$A {symbol} $B:1", special_tokens=[(symbol, number)]
+    )
 
 
 def vocabulary_size(tokenizer: Tokenizer) -> int:

@@ -10,6 +10,7 @@ from lm_train.models.gpt import GPT
 from lm_train.models.hf import build_hf
 from lm_train.models.llama import Llama
 from lm_train.models.mlp import MLP
+from lm_train.models.recurrent import RecurrentClassifier, RecurrentLanguageModel
 from lm_train.models.resnet import ResNet
 from lm_train.plan import DataFacts, Plan
 from lm_train.recipe import AnyModel
@@ -39,6 +40,11 @@ def build(section: AnyModel, plan: Plan, facts: DataFacts, initialise: bool = Tr
             return ResNet(section, *_sizes(facts), initialise)
         case "hf":
             return build_hf(section, plan, facts)
+        case "recurrent" if plan.task == "causal_lm":
+            return RecurrentLanguageModel(section, _vocab_size(section.vocab_size, facts), chunks, initialise)
+        case "recurrent":
+            assert facts.n_outputs is not None, "the data have no classes"
+            return RecurrentClassifier(section, _vocab_size(section.vocab_size, facts), facts.n_outputs, initialise)
     raise AssertionError(section.kind)
 
 
@@ -54,4 +60,4 @@ def _vocab_size(asked: int | str, facts: DataFacts) -> int:
     return size
 
 
-__all__ = ["CNN", "GPT", "MLP", "Decoder", "Llama", "ResNet", "build"]
+__all__ = ["CNN", "GPT", "MLP", "Decoder", "Llama", "RecurrentClassifier", "RecurrentLanguageModel", "ResNet", "build"]

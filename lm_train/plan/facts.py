@@ -22,6 +22,8 @@ class DataFacts:
     """Token id that fills short sequences up."""
     max_length: int | None = None
     """Most tokens of one sample, where samples are texts of their own length."""
+    tokens_per_sample: float | None = None
+    """Mean length of the training texts, where each is a sample."""
 
 
 def known_facts(recipe: Recipe) -> DataFacts:
@@ -36,4 +38,6 @@ def known_facts(recipe: Recipe) -> DataFacts:
         # scikit-learn's breast cancer and diabetes sets
         classifies = data.task == "classification"
         return DataFacts(input_shape=(30,) if classifies else (10,), n_outputs=2 if classifies else 1)
+    if data.kind == "text_classes" and data.path is None:
+        return DataFacts(vocab_size=vocab_size, n_outputs=8)  # areas of the standard library
     return DataFacts(vocab_size=vocab_size)

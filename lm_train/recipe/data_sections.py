@@ -124,16 +124,28 @@ class ClassData(LabelledData):
     """Weight of each class in the loss: balanced makes rare classes count as much as frequent ones."""
 
 
+CleaningStep = Literal["html", "control", "unicode", "nfkc", "whitespace", "lowercase"]
+
+
 class TextClassData(ClassData):
     """Labelled texts: csv, tsv, jsonl or parquet with a text and a label column, or a folder for each class."""
 
     kind: Literal["text_classes"] = "text_classes"
     text_column: Text = "text"
+    pair_column: Text | None = None
+    """Column of a second text, for classes of pairs."""
+    cleaning: Annotated[tuple[CleaningStep, ...], Field(strict=False)] = ("control", "unicode", "whitespace")
+    """Steps in their order: html (tags and entities go), control (control characters go), unicode (NFC), nfkc, whitespace (runs
+    become one space), lowercase."""
+    missing: Literal["error", "drop", "empty"] = "error"
+    """What becomes of rows without text, or of which cleaning leaves none; `drop` also drops rows without a label."""
     tokenizer: Tokenizer = "words:20000"
     min_frequency: PositiveInt = 2
     """A `words:N` vocabulary leaves out rarer words."""
     max_length: PositiveInt = 256
-    """Tokens of a text beyond this are cut off."""
+    """Tokens of a text (of both, in a pair) beyond this are cut off."""
+    token_dropout: Dropout = 0.0
+    """Share of the training tokens that are replaced by the unknown symbol (Iyyer et al. 2015; Bowman et al. 2016)."""
 
 
 class ImageData(ClassData):

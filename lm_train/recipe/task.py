@@ -51,6 +51,13 @@ def task_conflicts(recipe: Recipe) -> Iterator[tuple[list[tuple[str, ...]], str]
             f"model={', '.join(takes)}",
         )
 
+    if model.kind == "recurrent" and model.bidirectional and data.kind in ("embedded", "text"):
+        yield (
+            [("model", "bidirectional"), ("data", "kind")],
+            f"a language model reads forwards, so that model.bidirectional=true does not take data={data.kind}; try "
+            "model.bidirectional=false, or data=text_classes",
+        )
+
 
 def samples_are_sequences(recipe: Recipe) -> bool:
     """Whether a sample is model.block_size tokens of running text."""

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 from lm_train.plan.counts.decoders import decoder_shapes
 from lm_train.plan.counts.dense import dense_flops, dense_shapes
+from lm_train.plan.counts.recurrent import recurrent_flops, recurrent_shapes
 from lm_train.plan.facts import DataFacts
 from lm_train.plan.plan import padded_vocab_size
 from lm_train.recipe import AnyModel, Task
@@ -32,6 +33,9 @@ def parameter_shapes(model: AnyModel, task: Task, facts: DataFacts) -> Shapes | 
             return list(decoder_shapes(model, padded_vocab_size(vocab_size)))
         case "mlp" | "cnn" | "resnet" if facts.input_shape is not None and facts.n_outputs is not None:
             return list(dense_shapes(model, facts.input_shape, facts.n_outputs))
+        case "recurrent" if vocab_size is not None and (task == "causal_lm" or facts.n_outputs is not None):
+            n_classes = facts.n_outputs if task == "classification" else None
+            return list(recurrent_shapes(model, padded_vocab_size(vocab_size), n_classes))
     return None
 
 
@@ -54,6 +58,10 @@ def flops_per_sample(model: AnyModel, task: Task, facts: DataFacts, n_parameters
             return tokens * (6 * n_parameters + 12 * model.n_layer * model.n_embd * tokens)
         case "mlp" | "cnn" | "resnet" if facts.input_shape is not None and facts.n_outputs is not None:
             return dense_flops(model, facts.input_shape, facts.n_outputs)
+        case "recurrent" if task == "causal_lm" and facts.vocab_size is not None:
+            return recurrent_flops(model, padded_vocab_size(facts.vocab_size), None, model.block_size)
+        case "recurrent" if facts.n_outputs is not None and facts.tokens_per_sample is not None:
+            return recurrent_flops(model, 0, facts.n_outputs, facts.tokens_per_sample)
     return None
 
 
