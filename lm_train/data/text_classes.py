@@ -142,6 +142,7 @@ class TextClassDataModule(DataModule):
             vocab_size=vocabulary_size(self.texts.tokenizer),
             n_outputs=len(self.class_names),
             pad_id=self.pad_id,
+            max_length=self.section.max_length,
             tokens_per_sample=float(train.lengths.mean()),
         )
         self._check(model)

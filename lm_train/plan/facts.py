@@ -38,6 +38,7 @@ def known_facts(recipe: Recipe) -> DataFacts:
         # scikit-learn's breast cancer and diabetes sets
         classifies = data.task == "classification"
         return DataFacts(input_shape=(30,) if classifies else (10,), n_outputs=2 if classifies else 1)
-    if data.kind == "text_classes" and data.path is None:
-        return DataFacts(vocab_size=vocab_size, n_outputs=8)  # areas of the standard library
+    if data.kind == "text_classes":
+        areas = 8 if data.path is None else None  # of the standard library
+        return DataFacts(vocab_size=vocab_size, n_outputs=areas, max_length=data.max_length)
     return DataFacts(vocab_size=vocab_size)
