@@ -22,12 +22,12 @@ def class_names(labels: Iterable[str]) -> tuple[str, ...]:
     return tuple(sorted(names))
 
 
-def balanced_weights(labels: Integers, n_classes: int) -> npt.NDArray[np.float32]:
+def balanced_weights(labels: Integers, n_classes: int) -> npt.NDArray[np.float64]:
     """Weight n / (k n_c) of each class c, (k,): every class weighs the same in sum, and a sample 1 on average.
 
     Args:
-        labels: of the training samples, (n,); every class is there.
+        labels: of the training samples, (n,).
         n_classes: k.
     """
     counts = np.bincount(labels, minlength=n_classes)
-    return (len(labels) / (n_classes * counts)).astype(np.float32)
+    return len(labels) / (n_classes * np.maximum(counts, 1))

@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 from lm_train.data.augment import Draws, change, crop_and_flip, mixup_partners
 from lm_train.data.batches import Batch, EvaluationBatches, Integers, SampleBatches, Samples, Split
 from lm_train.data.cache import write_text
+from lm_train.data.classes import balanced_weights
 from lm_train.data.image_cache import StoredImages, StoredSplit, cache_name, stored_images
 from lm_train.data.image_source import open_images
 from lm_train.data.module import DataModule
@@ -153,12 +154,6 @@ class TrainingImages(ImageSamples):
         if self.weights is not None:
             batch["weights"] = torch.from_numpy(weights.astype(np.float32))
         return batch
-
-
-def balanced_weights(labels: Integers, n_classes: int) -> Floats:
-    """n / (k n_c) for class c with n_c of the n samples and k classes, (k,): they average to 1 over the samples."""
-    counts = np.bincount(labels, minlength=n_classes)
-    return len(labels) / (n_classes * np.maximum(counts, 1))
 
 
 class ImageDataModule(DataModule):

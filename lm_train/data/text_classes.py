@@ -42,7 +42,7 @@ class TextSamples(Samples):
         self,
         texts: TokenisedTexts,
         pad_id: int,
-        weights: npt.NDArray[np.float32] | None = None,
+        weights: npt.NDArray[np.float64] | None = None,
         dropped: float = 0.0,
         seed: int = 0,
         unknown: int | None = None,
@@ -66,7 +66,7 @@ class TextSamples(Samples):
             if self.dropped and self.unknown is not None:
                 tokens[filled & self._dropped(samples, epochs, len(places))] = self.unknown
             if self.weights is not None:
-                batch["weights"] = torch.from_numpy(self.weights[labels])
+                batch["weights"] = torch.from_numpy(self.weights[labels].astype(np.float32))
         return batch | {"tokens": torch.from_numpy(tokens)}
 
     def _dropped(self, samples: Integers, epochs: Integers, width: int) -> npt.NDArray[np.bool_]:
@@ -80,7 +80,7 @@ class TextSamples(Samples):
     def total(self, samples: Integers, epochs: Integers) -> float:
         if self.weights is None:
             return float(len(samples))
-        return float(self.weights[self.texts.labels[samples]].sum(dtype=np.float64))
+        return float(self.weights[self.texts.labels[samples]].astype(np.float32).sum(dtype=np.float64))
 
 
 class BucketBatches(SampleBatches):
