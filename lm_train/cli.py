@@ -122,11 +122,12 @@ def _train(words: list[str]) -> int:
         from lm_train.dry_run import dry_run
 
         return dry_run(recipe)
+    from lm_train.folds import number_of_folds, train_folds
     from lm_train.launch import train
     from lm_train.output import outlive_readers
 
     outlive_readers()
-    return train(recipe)
+    return train(recipe) if number_of_folds(recipe) is None else train_folds(recipe)
 
 
 def _recipes(words: list[str]) -> int:

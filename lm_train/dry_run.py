@@ -10,6 +10,7 @@ import torch
 
 from lm_train import models
 from lm_train.errors import ExitCode
+from lm_train.folds import fold_name, number_of_folds
 from lm_train.hardware import this_machine
 from lm_train.modules import parameter_table
 from lm_train.plan import DataFacts, Plan, checkpoint_bytes, known_facts, make_plan, size_of
@@ -41,6 +42,10 @@ def dry_run(recipe: Recipe) -> int:
     print(f"  {'total':<20} {total:>15,}{assumed}")
     title = f"{recipe.recipe}{DEBUG_SUFFIX if recipe.debug else ''}-N"
     run = Path(recipe.runs_dir) / (run_name(recipe, allocation) or title)
+    folds = number_of_folds(recipe)
+    if folds is not None:
+        run = run.with_name(fold_name(run.name, 1))
+        print(f"{folds} runs, one for each fold; the first of them")
     every = recipe.checkpoint.every_n_steps
     when = "at the end" if every is None else f"every {every} steps and at the end"
     shapes = [(name, tuple(p.shape)) for name, p in net.named_parameters()]

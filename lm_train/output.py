@@ -1,9 +1,10 @@
-"""Standard streams that outlive their reader: `lm-train train ... | head` must not end a training."""
+"""Standard output: streams that outlive their reader (`lm-train train ... | head` must not end a training), and tables."""
 
 from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from typing import Any, TextIO
 
 
@@ -38,3 +39,15 @@ class _LastingStream:
 def outlive_readers() -> None:
     """From now on a closed pipe on standard output or error is no error."""
     sys.stdout, sys.stderr = _LastingStream(sys.stdout), _LastingStream(sys.stderr)
+
+
+def aligned(rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
+    """Lines of a table, the first `left` columns to the left, the rest to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return [
+        "  ".join(
+            cell.ljust(width) if i < left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]

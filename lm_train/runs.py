@@ -6,10 +6,11 @@ import fcntl
 import json
 import math
 import os
+import re
 import shutil
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -193,6 +194,33 @@ def _next_free(runs: Path, title: str) -> Path:
             return runs / f"{title}-{number}"
         except FileExistsError:
             number += 1
+
+
+def claim_series(recipe: Recipe, member: Callable[[str, int], str]) -> str:
+    """A name for several runs that belong together: the recipe's and the next number that neither a run nor a series has.
+
+    The folder of its first member is made, so that two starts at once get two names.
+
+    Args:
+        recipe: without a name.
+        member: the name of the i-th run, from 1, of a series.
+
+    Raises:
+        OutputError: if the folder cannot be made.
+    """
+    folder, title = Path(recipe.runs_dir), _safe_title(recipe)
+    taken = (re.match(rf"{re.escape(title)}-(\d+)(-|$)", path.name) for path in folder.glob(f"{title}-*"))
+    number = max((int(match[1]) for match in taken if match), default=0) + 1
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        while True:
+            try:
+                (folder / member(f"{title}-{number}", 1)).mkdir()
+                return f"{title}-{number}"
+            except FileExistsError:
+                number += 1
+    except OSError as error:
+        raise _cannot_write(error, folder) from None
 
 
 def write_atomically(file: Path, text: str) -> None:

@@ -25,6 +25,7 @@ ROOMS = (
     "attempt",
     "supervisor",
     "launch",
+    "folds",
     "models",
     "optim",
     "data",
@@ -58,6 +59,7 @@ WITHOUT_TORCH = (
     "attempt",
     "supervisor",
     "launch",
+    "folds",
     "cli",
 )
 HEAVY = ("torch", "lightning", "deepspeed", "transformers", "datasets", "tokenizers", "wandb", "numpy")

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from lm_train.output import aligned
+
 Numbers = npt.NDArray[np.float64]
 Counts = npt.NDArray[np.int64]
 
@@ -167,18 +169,6 @@ class ClassScores:
         matrix = content["confusion"]
         confusion = None if matrix is None else np.array(matrix, dtype=np.int64)
         return cls(tuple(row["class"] for row in classes), hits, predicted, samples, confusion)
-
-
-def aligned(rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
-    """Lines of a table, the first `left` columns to the left, the rest to the right."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return [
-        "  ".join(
-            cell.ljust(width) if i < left else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
 
 
 def _share(part: Any, whole: Any) -> Numbers:

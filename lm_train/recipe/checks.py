@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from lm_train.recipe.data_sections import LabelledData
 from lm_train.recipe.explain import RESUME, nearest, nearest_value, shown
 from lm_train.recipe.foreign import foreign_conflicts
 from lm_train.recipe.hub_names import is_hub_name
@@ -70,6 +71,7 @@ def conflicts(recipe: Recipe) -> Iterator[Conflict]:
     yield from foreign_conflicts(recipe)
     yield from _batch_conflicts(recipe)
     yield from _trainer_conflicts(recipe)
+    yield from _fold_conflicts(recipe)
     yield from strategy_conflicts(recipe)
     yield from _path_conflicts(recipe)
 
@@ -136,6 +138,24 @@ def _trainer_conflicts(recipe: Recipe) -> Iterator[Conflict]:
             [("model", "vocab_size"), ("data", "tokenizer")],
             f"data.tokenizer={tokenizer} has {known} ids, model.vocab_size={vocab_size} is smaller; "
             f"try model.vocab_size=auto",
+        )
+
+
+def _fold_conflicts(recipe: Recipe) -> Iterator[Conflict]:
+    data = recipe.data
+    if not isinstance(data, LabelledData) or data.folds is None or data.fold is not None:
+        return
+    if recipe.trainer.limit_val_batches == 0:
+        yield (
+            [("data", "folds"), ("trainer", "limit_val_batches")],
+            f"data.folds={data.folds} compares what each fold validates, and trainer.limit_val_batches=0 validates nothing; "
+            "drop one of them",
+        )
+    if recipe.resume not in ("auto", "never"):
+        yield (
+            [("data", "folds"), ("resume",)],
+            f"data.folds={data.folds} is {data.folds} runs, and resume={recipe.resume} one run's checkpoint; give data.fold, "
+            "or take a series up again by its name=",
         )
 
 
