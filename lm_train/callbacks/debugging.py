@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from lm_train.data import Batch
+from lm_train.data import IGNORED, Batch
 from lm_train.errors import LMTrainError
 from lm_train.loop import StepTrainer
 from lm_train.modules import TrainingModule
@@ -118,12 +118,14 @@ def overfit_one_batch(module: TrainingModule, batch: Batch) -> float:
 
 def _few_samples(batch: Batch, device: torch.device) -> Batch:
     """One short sequence, or a handful of other samples."""
-    packed = "tokens" in batch and "targets" in batch
+    packed = {"tokens", "targets"} == {name for name, value in batch.items() if isinstance(value, Tensor)}
     rows = 1 if packed else _OVERFIT_SAMPLES
     few = {name: value[:rows].to(device) for name, value in batch.items() if isinstance(value, Tensor)}
     if packed:
         few = {name: value[:, :_OVERFIT_TOKENS] for name, value in few.items()}
         return few | {"total": float(few["targets"].numel())}
+    if "tokens" in few and "targets" in few:
+        return few | {"total": float((few["targets"] != IGNORED).sum())}
     return few | {"total": float(len(next(iter(few.values()))))}
 
 

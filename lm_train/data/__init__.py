@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lm_train.data.batches import IGNORED, Batch
 from lm_train.data.images import ImageDataModule
+from lm_train.data.masking import MaskedTextDataModule
 from lm_train.data.module import DataModule
 from lm_train.data.table import TableDataModule
 from lm_train.data.text import TextDataModule
@@ -23,6 +24,8 @@ def build(section: AnyData, plan: Plan, seed: int, folder: RunFolder) -> DataMod
         folder: the run's, where what the model needs for later use is left (tokenizer, names of classes).
     """
     match section.kind:
+        case "embedded" | "text" if plan.task == "masked_lm":
+            return MaskedTextDataModule(section, plan, seed, folder)
         case "embedded" | "text":
             return TextDataModule(section, plan, seed, folder)
         case "images":
@@ -39,6 +42,7 @@ __all__ = [
     "Batch",
     "DataModule",
     "ImageDataModule",
+    "MaskedTextDataModule",
     "TableDataModule",
     "TextClassDataModule",
     "TextDataModule",

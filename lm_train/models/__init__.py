@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from lm_train.models.bert import BERT
 from lm_train.models.cnn import CNN
 from lm_train.models.decoder import Decoder
 from lm_train.models.gpt import GPT
@@ -45,6 +46,10 @@ def build(section: AnyModel, plan: Plan, facts: DataFacts, initialise: bool = Tr
         case "recurrent":
             assert facts.n_outputs is not None, "the data have no classes"
             return RecurrentClassifier(section, _vocab_size(section.vocab_size, facts), facts.n_outputs, initialise)
+        case "bert":
+            n_classes = None if plan.task == "masked_lm" else facts.n_outputs
+            size = _vocab_size(section.vocab_size, facts)
+            return BERT(section, size, n_classes, checkpointing, chunks, initialise)
     raise AssertionError(section.kind)
 
 
@@ -60,4 +65,15 @@ def _vocab_size(asked: int | str, facts: DataFacts) -> int:
     return size
 
 
-__all__ = ["CNN", "GPT", "MLP", "Decoder", "Llama", "RecurrentClassifier", "RecurrentLanguageModel", "ResNet", "build"]
+__all__ = [
+    "BERT",
+    "CNN",
+    "GPT",
+    "MLP",
+    "Decoder",
+    "Llama",
+    "RecurrentClassifier",
+    "RecurrentLanguageModel",
+    "ResNet",
+    "build",
+]

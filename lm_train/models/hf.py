@@ -101,6 +101,36 @@ class HuggingFaceLanguageModel(HuggingFaceNet):
         return {}
 
 
+class HuggingFaceMaskedLM(HuggingFaceLanguageModel):
+    """Masked language model."""
+
+    def forward(  # type: ignore[override]
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        lengths: Tensor | None = None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
+        """Logits, or with targets the loss.
+
+        Args:
+            tokens: (B, T), the mask symbol where a token is to be guessed.
+            targets: the right tokens, (B, k), -100 where nothing is to be guessed.
+            lengths: real tokens of each row, (B,); None: all T.
+            positions: where to guess, (B, k); None: everywhere, k being T.
+
+        Returns:
+            Without targets (B, k, vocabulary of the model) logits; with targets the summed cross-entropy in nats, ().
+        """
+        seen = None if lengths is None else torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
+        logits = self.model(input_ids=tokens, attention_mask=None if seen is None else seen.long()).logits
+        if positions is not None:
+            logits = logits.gather(1, positions[..., None].expand(-1, -1, logits.shape[-1]))
+        if targets is None:
+            return logits
+        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum")
+
+
 class HuggingFaceDecoder(HuggingFaceLanguageModel):
     """Causal language model, which can draw text."""
 
@@ -169,7 +199,7 @@ def build_hf(section: HuggingFace, plan: Plan, facts: DataFacts) -> HuggingFaceN
         case "causal_lm":
             return HuggingFaceDecoder(model, section.block_size, facts.vocab_size or config.vocab_size)
         case "masked_lm":
-            return HuggingFaceLanguageModel(model, section.block_size, facts.vocab_size or config.vocab_size)
+            return HuggingFaceMaskedLM(model, section.block_size, facts.vocab_size or config.vocab_size)
         case "classification" if _of_images(facts):
             return HuggingFaceImageClassifier(model)
         case "classification":

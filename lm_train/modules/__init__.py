@@ -8,6 +8,7 @@ from lm_train.data import DataModule
 from lm_train.modules.base import TrainingModule, parameter_table
 from lm_train.modules.classification import Classification
 from lm_train.modules.language import CausalLanguageModel
+from lm_train.modules.masked_language import MaskedLanguageModel
 from lm_train.modules.regression import Regression
 from lm_train.plan import Plan
 from lm_train.recipe import Recipe
@@ -25,6 +26,8 @@ def build(net: nn.Module, recipe: Recipe, plan: Plan, data: DataModule) -> Train
     match plan.task:
         case "causal_lm":
             return CausalLanguageModel(net, recipe.optim, plan, recipe.seed)
+        case "masked_lm":
+            return MaskedLanguageModel(net, recipe.optim, plan, recipe.seed)
         case "classification":
             smoothing = getattr(recipe.data, "label_smoothing", 0.0)
             return Classification(net, recipe.optim, plan, recipe.seed, data.class_names, smoothing)
@@ -33,4 +36,12 @@ def build(net: nn.Module, recipe: Recipe, plan: Plan, data: DataModule) -> Train
     raise AssertionError(plan.task)
 
 
-__all__ = ["CausalLanguageModel", "Classification", "Regression", "TrainingModule", "build", "parameter_table"]
+__all__ = [
+    "CausalLanguageModel",
+    "Classification",
+    "MaskedLanguageModel",
+    "Regression",
+    "TrainingModule",
+    "build",
+    "parameter_table",
+]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lm_train.recipe import Recipe
+from lm_train.recipe import Recipe, further_ids, task_of
 from lm_train.recipe.tokenizer_names import known_vocab_size
 
 
@@ -24,6 +24,10 @@ class DataFacts:
     """Most tokens of one sample, where samples are texts of their own length."""
     tokens_per_sample: float | None = None
     """Mean length of the training texts, where each is a sample."""
+    guessed_fraction: float | None = None
+    """Share of a block's tokens that a masked language model guesses."""
+    pair_lengths: tuple[float, float] | None = None
+    """Mean lengths of the training pairs' sources and targets."""
 
 
 def known_facts(recipe: Recipe) -> DataFacts:
@@ -32,6 +36,11 @@ def known_facts(recipe: Recipe) -> DataFacts:
     asked: int | str = getattr(recipe.model, "vocab_size", "auto")
     tokenizer: str | None = getattr(data, "tokenizer", None)
     vocab_size = asked if isinstance(asked, int) else None if tokenizer is None else known_vocab_size(tokenizer)
+    task = task_of(recipe)
+    if isinstance(asked, str) and vocab_size is not None and tokenizer is not None:
+        vocab_size += further_ids(task, tokenizer)
+    if task == "masked_lm":
+        return DataFacts(vocab_size=vocab_size, guessed_fraction=getattr(data, "mask_fraction", None))
     if data.kind == "images" and data.path is None:
         return DataFacts(input_shape=(1, 8, 8), n_outputs=10)  # scikit-learn's digits
     if data.kind == "table" and data.path is None and not data.target and not data.drop_columns:

@@ -30,7 +30,7 @@ from lm_train.recipe.model_sections import (
     Seq2Seq,
 )
 from lm_train.recipe.sections import AnyOptim, CheckpointSection, Recipe, TrackingSection, TrainerSection
-from lm_train.recipe.task import Task, samples_are_sequences, task_of
+from lm_train.recipe.task import Task, further_ids, samples_are_sequences, task_of
 
 __all__ = [
     "BERT",
@@ -63,6 +63,7 @@ __all__ = [
     "TrackingSection",
     "TrainerSection",
     "dump",
+    "further_ids",
     "load",
     "samples_are_sequences",
     "shipped_recipes",

@@ -13,7 +13,7 @@ from lm_train.recipe.foreign import foreign_conflicts
 from lm_train.recipe.hub_names import is_hub_name
 from lm_train.recipe.sections import Recipe
 from lm_train.recipe.strategies import Conflict, strategy_conflicts
-from lm_train.recipe.task import task_conflicts
+from lm_train.recipe.task import further_ids, task_conflicts, task_of
 from lm_train.recipe.tokenizer_names import exists, is_path, known_vocab_size
 
 DEBUG_STEPS = 20
@@ -131,12 +131,17 @@ def _trainer_conflicts(recipe: Recipe) -> Iterator[Conflict]:
             [("trainer", "activation_checkpointing"), ("model", "n_layer")],
             f"every {every}th block of model.n_layer={n_layer} is none; write none, full, or a number up to {n_layer}",
         )
-    tokenizer, vocab_size = getattr(recipe.data, "tokenizer", None), getattr(model, "vocab_size", "auto")
+    tokenizer: Any = getattr(recipe.data, "tokenizer", None)
+    vocab_size = getattr(model, "vocab_size", "auto")
     known = None if tokenizer is None else known_vocab_size(tokenizer)
-    if known is not None and isinstance(vocab_size, int) and known > vocab_size:
+    if known is None or not isinstance(vocab_size, int) or any(task_conflicts(recipe)):
+        return
+    further = further_ids(task_of(recipe), tokenizer)
+    if known + further > vocab_size:
+        symbols = f" and the task {further} more" if further else ""
         yield (
             [("model", "vocab_size"), ("data", "tokenizer")],
-            f"data.tokenizer={tokenizer} has {known} ids, model.vocab_size={vocab_size} is smaller; "
+            f"data.tokenizer={tokenizer} has {known} ids{symbols}, model.vocab_size={vocab_size} is smaller; "
             f"try model.vocab_size=auto",
         )
 

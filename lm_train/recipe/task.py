@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Literal
 
 from lm_train.recipe.sections import Recipe
+from lm_train.recipe.tokenizer_names import has_mask
 
 Task = Literal["causal_lm", "masked_lm", "seq2seq", "classification", "regression", "custom"]
 _LANGUAGE = {"gpt": "causal_lm", "llama": "causal_lm", "recurrent": "causal_lm", "bert": "masked_lm"}
@@ -57,6 +58,16 @@ def task_conflicts(recipe: Recipe) -> Iterator[tuple[list[tuple[str, ...]], str]
             f"a language model reads forwards, so that model.bidirectional=true does not take data={data.kind}; try "
             "model.bidirectional=false, or data=text_classes",
         )
+
+
+def further_ids(task: Task, tokenizer: str) -> int:
+    """Token ids that a task needs beside those of the text: one to hide a token behind; start, end and padding of pairs."""
+    match task:
+        case "masked_lm":
+            return 0 if has_mask(tokenizer) else 1
+        case "seq2seq":
+            return 3
+    return 0
 
 
 def samples_are_sequences(recipe: Recipe) -> bool:

@@ -10,6 +10,8 @@ GPT2_VOCAB_SIZE = 50257
 """Radford et al. 2019, section 2.2: 256 bytes, 50,000 merges, one end-of-text symbol."""
 TOKENIZER_NAMES = ("bytes", "chars", "gpt2", "bpe:2048", "words:20000")
 """For a suggestion; any `bpe:N` and `words:N` will do."""
+MASKS = ("[MASK]", "<mask>")
+"""What vocabularies call the symbol that hides a token; the first is added where there is none."""
 _PLAIN_VOCABULARIES = ("encoder.json", "vocab.json")
 """Files that map each token to its id, and nothing else: GPT-2's own, and the hub's."""
 _BPE = re.compile(r"bpe:([1-9][0-9]*)")
@@ -68,6 +70,20 @@ def known_vocab_size(name: str) -> int | None:
     if made_from_the_corpus(name):
         return trained_bpe_size(name)
     return _size_of_files(Path(name).expanduser()) if exists(name) else None
+
+
+def has_mask(name: str) -> bool:
+    """Whether the tokenizer's file has a mask symbol of its own; a made one, and GPT-2's, have none."""
+    if not is_path(name) or not exists(name):
+        return False
+    path = Path(name).expanduser()
+    try:
+        content = json.loads((path / "tokenizer.json" if path.is_dir() else path).read_text(encoding="utf-8"))
+        added = [token["content"] for token in content.get("added_tokens", [])]
+        vocab = content["model"]["vocab"]
+        return any(mask in added or (isinstance(vocab, dict) and mask in vocab) for mask in MASKS)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return False
 
 
 def _size_of_files(path: Path) -> int | None:

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from lm_train.plan.counts.decoders import decoder_shapes
 from lm_train.plan.counts.dense import dense_flops, dense_shapes
 from lm_train.plan.counts.recurrent import recurrent_flops, recurrent_shapes
+from lm_train.plan.counts.transformers import bert_flops, bert_shapes, seq2seq_flops, seq2seq_shapes
 from lm_train.plan.facts import DataFacts
 from lm_train.plan.plan import padded_vocab_size
 from lm_train.recipe import AnyModel, Task
@@ -36,6 +37,11 @@ def parameter_shapes(model: AnyModel, task: Task, facts: DataFacts) -> Shapes | 
         case "recurrent" if vocab_size is not None and (task == "causal_lm" or facts.n_outputs is not None):
             n_classes = facts.n_outputs if task == "classification" else None
             return list(recurrent_shapes(model, padded_vocab_size(vocab_size), n_classes))
+        case "bert" if vocab_size is not None and (task == "masked_lm" or facts.n_outputs is not None):
+            n_classes = None if task == "masked_lm" else facts.n_outputs
+            return list(bert_shapes(model, padded_vocab_size(vocab_size), n_classes))
+        case "seq2seq" if vocab_size is not None:
+            return list(seq2seq_shapes(model, padded_vocab_size(vocab_size)))
     return None
 
 
@@ -62,7 +68,20 @@ def flops_per_sample(model: AnyModel, task: Task, facts: DataFacts, n_parameters
             return recurrent_flops(model, padded_vocab_size(facts.vocab_size), None, model.block_size)
         case "recurrent" if facts.n_outputs is not None and facts.tokens_per_sample is not None:
             return recurrent_flops(model, 0, facts.n_outputs, facts.tokens_per_sample)
+        case "bert" if (rows := _rows(model, facts)) is not None:
+            length = facts.tokens_per_sample or model.block_size
+            return bert_flops(model, n_parameters, rows, length, facts.guessed_fraction)
+        case "seq2seq" if (rows := _rows(model, facts)) is not None:
+            source, target = facts.pair_lengths or (model.block_size, model.block_size)
+            return seq2seq_flops(model, n_parameters, rows, source, target)
     return None
+
+
+def _rows(model: AnyModel, facts: DataFacts) -> int | None:
+    """Rows of the token embedding."""
+    asked: int | str = getattr(model, "vocab_size", "auto")
+    vocab_size = facts.vocab_size if isinstance(asked, str) else asked
+    return None if vocab_size is None else padded_vocab_size(vocab_size)
 
 
 __all__ = ["Shapes", "flops_per_sample", "parameter_count", "parameter_shapes"]

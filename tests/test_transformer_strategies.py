@@ -1,0 +1,48 @@
+"""BERT and the encoder-decoder on two processes under every strategy, against one process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from lm_train.runs import RunFolder, read_jsonl
+from lm_train.train import train
+from tests.conftest import Ranks
+from tests.test_strategies import LOSS_BOUND, NORM_BOUND, curve, difference
+
+NewRun = Callable[..., RunFolder]
+MASKED = (
+    "model={kind: bert, n_layer: 2, n_head: 2, n_embd: 32, block_size: 16, dropout: 0.0}",
+    "optim={kind: adamw, learning_rate: 1e-3}",
+    "data.global_batch_size=16",
+    "trainer.accumulate_grad_batches=2",
+    "trainer.gradient_clip_val=0.5",
+    "trainer.max_steps=12",
+    "data.val_fraction=0.02",
+)
+TASKS = {"masked_lm": MASKED}
+STRATEGIES = ("ddp", "fsdp", "zero3", *(pytest.param(s, marks=pytest.mark.slow) for s in ("zero1", "zero2")))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("task", TASKS)
+def test_two_processes_compute_what_one_computes(ranks: Ranks, new_run: NewRun, task: str, strategy: str) -> None:
+    words = TASKS[task]
+    one = new_run(*words, name="alone")
+    assert train(one) == 0
+    both = new_run(*words, "trainer.devices=2", f"trainer.strategy={strategy}", name="both")
+    answers = ranks(strategy).run("run", folder=str(both.root))
+    assert [answer["code"] for answer in answers] == [0, 0]
+    largest = difference(curve(one), curve(both))
+    print(f"MEASURED {task} {strategy} {largest}")
+    assert len(curve(both)) == 12
+    assert largest.loss <= LOSS_BOUND
+    assert largest.norm <= NORM_BOUND
+    rows = [[row for row in read_jsonl(folder.metrics) if "val/loss" in row] for folder in (one, both)]
+    assert len(rows[0]) == len(rows[1]) > 0
+    for expected, found in zip(*rows, strict=True):
+        scores = [name for name in expected if name.startswith("val/")]
+        assert scores == [name for name in found if name.startswith("val/")]
+        for name in scores:
+            assert found[name] == pytest.approx(expected[name], rel=NORM_BOUND), name
