@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from lm_train.data import TextDataModule
-from lm_train.data.order import SampleOrder, permute
+from lm_train.data.order import SampleOrder, key_of, permute
 from lm_train.data.text import IGNORED, EvalBatches, TrainBatches, train_blocks
 from lm_train.errors import DataError
 from tests.text_data import plan_of, prepared
@@ -66,6 +66,20 @@ def test_order_differs_by_epoch_and_seed_and_repeats() -> None:
 
     assert epoch(1, 0) == epoch(1, 0)
     assert len({tuple(epoch(*case)) for case in ((1, 0), (1, 1), (1, 2), (2, 0), (2, 1))}) == 5
+
+
+@pytest.mark.parametrize("size", [20, 1000, 5000])
+def test_order_is_the_same_however_it_is_asked(size: int) -> None:
+    """In stretches, as training does, and far-off positions at once."""
+    whole = np.arange(min(3 * size + 10_000, 20_000))
+    epochs, samples = whole // size, np.empty_like(whole)
+    for epoch in np.unique(epochs):
+        samples[epochs == epoch] = permute(whole[epochs == epoch] % size, size, key_of(3, int(epoch)))
+    order = SampleOrder(3, size)
+    for batch in (whole[4090:4100], whole[:16], whole[9_000:14_000], whole[::1500], whole[::-1][:20], whole[:0]):
+        found = order.samples(batch)
+        assert np.array_equal(found[0], epochs[batch])
+        assert np.array_equal(found[1], samples[batch])
 
 
 def test_one_question_may_span_epochs() -> None:

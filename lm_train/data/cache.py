@@ -29,7 +29,7 @@ def writing(file: Path) -> Iterator[None]:
         raise
     except OSError as error:
         why = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror
-        hint = "; the token cache lies under $XDG_CACHE_HOME, set it to a place with room"
+        hint = "; the cache lies under $XDG_CACHE_HOME, set it to a place with room"
         raise OutputError(f"{file}: {why}{hint if file.is_relative_to(cache_folder()) else ''}") from None
 
 

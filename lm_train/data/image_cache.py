@@ -69,11 +69,15 @@ def stored_images(source: ImageSource, section: ImageData) -> StoredImages:
         OutputError: if the cache cannot be written.
     """
     folder = cache_folder() / "images" / cache_name(source, section)
-    if not folder.exists():
+    stored = _read(folder)
+    if stored is None:
         with locked(folder.with_suffix(".lock")):
-            if not folder.exists():
+            stored = _read(folder)
+            if stored is None:
                 _write(folder, source, section)
-    return _read(folder)
+                stored = _read(folder)
+    assert stored is not None
+    return stored
 
 
 def cache_name(source: ImageSource, section: ImageData) -> str:
@@ -83,14 +87,28 @@ def cache_name(source: ImageSource, section: ImageData) -> str:
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-def _read(folder: Path) -> StoredImages:
-    facts = json.loads((folder / "set.json").read_text(encoding="utf-8"))
+def _read(folder: Path) -> StoredImages | None:
+    """The set; None if it is not there as a whole."""
+    try:
+        facts = json.loads((folder / "set.json").read_text(encoding="utf-8"))
+        return _mapped(folder, facts)
+    except (
+        FileNotFoundError,
+        NotADirectoryError,
+        EOFError,
+        ValueError,
+        KeyError,
+    ):  # never written, or tidied away in part
+        return None
+
+
+def _mapped(folder: Path, facts: dict[str, Any]) -> StoredImages:
     shape = tuple(facts["shape"])
     splits: dict[Split, StoredSplit] = {}
     for split, count in facts["counts"].items():
         file = folder / f"{split}.pixels"
         if file.stat().st_size != count * int(np.prod(shape)):
-            raise DataError(f"{file}: is not what was written; delete {folder}")
+            raise EOFError(file)
         pixels = np.asarray(np.memmap(file, dtype=np.uint8, mode="r", shape=(count, *shape)))
         labels, digests, sums = (np.load(folder / f"{split}.{name}.npy") for name in ("labels", "digests", "sums"))
         splits[split] = StoredSplit(pixels, labels, digests, sums, folder / f"{split}.where")
@@ -107,6 +125,7 @@ def _write(folder: Path, source: ImageSource, section: ImageData) -> None:
             counts = {s: _write_split(partial, s, source.splits[s], form, classes) for s in _ordered(source)}
             facts = {"shape": form.shape, "class_names": classes.names, "counts": counts}
             (partial / "set.json").write_text(json.dumps(facts), encoding="utf-8")
+            shutil.rmtree(folder, ignore_errors=True)
             partial.rename(folder)
         finally:
             shutil.rmtree(partial, ignore_errors=True)

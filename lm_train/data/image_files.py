@@ -199,10 +199,15 @@ def table_rows(table: Any, section: ImageData, label: str) -> tuple[Rows, Names]
 
     def read() -> Iterator[Row]:
         row = 0
-        for batch in table.cast_column(columns[0], datasets.Image(decode=False)).iter(256):
-            for encoded, given in zip(batch[columns[0]], batch[columns[1]], strict=True):
-                row += 1
-                yield _row(encoded, given, f"{label} row {row}", columns, names)
+        try:
+            for batch in table.cast_column(columns[0], datasets.Image(decode=False)).iter(256):
+                for encoded, given in zip(batch[columns[0]], batch[columns[1]], strict=True):
+                    row += 1
+                    yield _row(encoded, given, f"{label} row {row}", columns, names)
+        except DataError:
+            raise
+        except (OSError, ValueError) as error:
+            raise DataError(f"{label}: not readable after row {row}: {_short(error)}") from None
 
     return read, names
 

@@ -17,6 +17,7 @@ from lm_train.data.cache import cache_folder, write_text
 from lm_train.data.hub import find_dataset, out_of_reach, quiet_datasets
 from lm_train.data.image_files import (
     SUFFIXES,
+    Names,
     Row,
     Rows,
     class_names_of_parquet,
@@ -31,7 +32,7 @@ from lm_train.data.source import digest_of_parts, files_inside, split_of
 from lm_train.data.splits import digest_of, divide
 from lm_train.errors import DataError, OutputError
 from lm_train.recipe import ImageData
-from lm_train.recipe.checks import is_hub_name
+from lm_train.recipe.hub_names import is_hub_name
 
 _CHUNK = 1 << 22
 
@@ -44,7 +45,7 @@ class ImageSource:
     fingerprint: str
     """Of the contents, wherever they lie."""
     splits: dict[Split, Rows]
-    class_names: tuple[str, ...] | None = None
+    class_names: Names = None
     """As the source itself declares them."""
     note: str = ""
     """What the user should know."""
@@ -65,7 +66,7 @@ def open_images(section: ImageData) -> ImageSource:
         for split, path in named.items():
             if path is not None:
                 other = _local(Path(path).expanduser(), section)
-                splits[split] = _only(other, split, path)
+                splits[split] = _by_name(_only(other, split, path), other.class_names, whole.class_names)
                 parts.append(f"{split}:{other.fingerprint}")
     except OSError as error:
         raise DataError(f"{error.filename or section.path}: {error.strerror or error}") from None
@@ -81,6 +82,13 @@ def _only(source: ImageSource, split: Split, path: str) -> Rows:
     if split not in source.splits:
         raise DataError(f"{path}: given as data.{split}_path, holds {' and '.join(source.splits)}; name one of them")
     return source.splits[split]
+
+
+def _by_name(rows: Rows, names: Names, others: Names) -> Rows:
+    """Rows whose labels are names where their numbers mean other classes than the training images' numbers do."""
+    if names is None or names == others:
+        return rows
+    return lambda: (row._replace(label=names[row.label]) if isinstance(row.label, int) else row for row in rows())
 
 
 def _local(path: Path, section: ImageData) -> ImageSource:
@@ -115,7 +123,8 @@ def _files(files: Sequence[Path], path: Path, section: ImageData) -> ImageSource
     if others and "train" not in by_split:
         by_split["train"], others = others, []
     note = f"{path}: beside files named train*, {len(others)} such as {others[0].name} are not used" if others else ""
-    names, splits = None, {}
+    names: Names = None
+    splits: dict[Split, Rows]
     if kinds == {"parquet"}:
         names = class_names_of_parquet((by_split.get("train") or known)[0], section)
         splits = {split: parquet_rows(parts, section, names) for split, parts in by_split.items()}

@@ -13,6 +13,9 @@ import numpy.typing as npt
 
 Integers = npt.NDArray[np.int64]
 _ROUNDS = 6
+_CHUNK = 4096
+"""Positions that are looked up together: numpy's cost is by the call more than by the number."""
+_KEPT = 4
 
 
 def mix64(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
@@ -72,9 +75,30 @@ class SampleOrder:
         self.seed = seed
         self.size = size
         self.window = window
+        self._chunk = min(_CHUNK, 16 * size)
+        self._chunks: dict[int, tuple[Integers, Integers]] = {}
 
     def samples(self, positions: Integers) -> tuple[Integers, Integers]:
         """Epoch and sample of each global position (the number of samples handed out before it)."""
+        if self.window is not None or not len(positions):
+            return self._looked_up(positions)
+        first, last = int(positions.min()) // self._chunk, int(positions.max()) // self._chunk
+        if last - first >= _KEPT:
+            return self._looked_up(positions)
+        chunks = [self._chunk_of(number) for number in range(first, last + 1)]
+        epochs, samples = chunks[0] if len(chunks) == 1 else map(np.concatenate, zip(*chunks, strict=True))
+        inside = positions - first * self._chunk
+        return epochs[inside], samples[inside]
+
+    def _chunk_of(self, number: int) -> tuple[Integers, Integers]:
+        """Epochs and samples of a stretch of positions, kept while batches are taken from it."""
+        if number not in self._chunks:
+            while len(self._chunks) >= _KEPT:
+                del self._chunks[next(iter(self._chunks))]
+            self._chunks[number] = self._looked_up(np.arange(number * self._chunk, (number + 1) * self._chunk))
+        return self._chunks[number]
+
+    def _looked_up(self, positions: Integers) -> tuple[Integers, Integers]:
         epochs, within = np.divmod(positions, self.size)
         samples = np.empty_like(within)
         for epoch in np.unique(epochs):

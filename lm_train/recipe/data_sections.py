@@ -175,6 +175,24 @@ class ImageData(ClassData):
     """alpha of the Beta distribution by which a training image is mixed with another one, and their classes alike (Zhang
     et al. 2018, "mixup: Beyond Empirical Risk Minimization", arXiv:1710.09412); 0: not at all."""
 
+    def conflicts(self) -> list[tuple[tuple[str, ...], str]]:
+        found = super().conflicts()
+        if self.path is None:
+            for key in ("val_path", "test_path", "subset"):
+                if getattr(self, key) is not None:
+                    found.append(
+                        ((key, "path"), f"data.{key} without data.path; give data.path too, or drop data.{key}")
+                    )
+        if self.image_size is not None and self.crop >= self.image_size:
+            found.append(
+                (
+                    ("crop", "image_size"),
+                    f"data.crop={self.crop} mirrors more than data.image_size={self.image_size} pixels; try data.crop="
+                    f"{max(0, self.image_size // 8)}",
+                )
+            )
+        return found
+
 
 def _one_or_more(value: Any) -> Any:
     return (value,) if isinstance(value, str | int | float) else value
