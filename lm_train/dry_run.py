@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from lm_train import models
+from lm_train import models, plugins
 from lm_train.errors import ExitCode
 from lm_train.folds import fold_name, number_of_folds
 from lm_train.hardware import this_machine
@@ -29,6 +29,8 @@ def dry_run(recipe: Recipe) -> int:
         UsageError: as `train` would.
     """
     allocation = current_allocation()
+    plugins.allow(recipe.plugins)
+    plugins.check(recipe)
     plan = make_plan(recipe, this_machine(), allocation)
     if allocation is not None and not allocation.is_primary:
         return ExitCode.DONE

@@ -10,7 +10,7 @@ import os
 import socket
 from pathlib import Path
 
-from lm_train import runs
+from lm_train import plugins, runs
 from lm_train.attempt import WRONG_S, Attempt, NotJoined, join, publish
 from lm_train.errors import ExitCode, LMTrainError, OutputError, UsageError
 from lm_train.hardware import Machine, this_machine
@@ -34,6 +34,7 @@ def train(recipe: Recipe) -> int:
         LMTrainError: if it cannot be started.
     """
     machine, allocation = this_machine(), current_allocation()
+    plugins.allow(recipe.plugins)  # the ranks have it from the environment
     if allocation is None or allocation.is_primary:
         return _lead(recipe, machine, allocation)
     return _follow(recipe, machine, allocation)
@@ -42,6 +43,7 @@ def train(recipe: Recipe) -> int:
 def _lead(recipe: Recipe, machine: Machine, allocation: Allocation | None) -> int:
     """The primary's part: everything that is done once."""
     try:
+        plugins.check(recipe)
         plan = make_plan(recipe, machine, allocation)
         earlier = runs.existing(recipe, allocation)
         if earlier is not None and recipe.resume == "auto" and runs.is_finished(recipe, earlier):
@@ -79,6 +81,7 @@ def _follow(recipe: Recipe, machine: Machine, allocation: Allocation) -> int:
     """What the supervisors of the other tasks do: the same as the primary says, in silence."""
     problem: LMTrainError | None = None
     try:
+        plugins.check(recipe)
         plan = make_plan(recipe, machine, allocation)
         _checkpoint(recipe, plan, runs.existing(recipe, allocation))
     except LMTrainError as error:

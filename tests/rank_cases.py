@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader
 
-from lm_train import models, signals
+from lm_train import models, plugins, signals
 from lm_train.callbacks import Sample
 from lm_train.data.batches import EvaluationBatches, Samples
 from lm_train.data.text import TrainBatches
@@ -363,6 +363,7 @@ class _CountedEvaluation(L.Callback):
 
 
 def main() -> None:
+    plugins.allow(["tests"])
     for line in sys.stdin:
         order = json.loads(line)
         try:

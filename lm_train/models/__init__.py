@@ -6,6 +6,7 @@ from torch import nn
 
 from lm_train.models.bert import BERT
 from lm_train.models.cnn import CNN
+from lm_train.models.custom import build_custom
 from lm_train.models.decoder import Decoder
 from lm_train.models.gpt import GPT
 from lm_train.models.hf import build_hf
@@ -39,6 +40,8 @@ def build(section: AnyModel, plan: Plan, facts: DataFacts, initialise: bool = Tr
             return CNN(section, *_sizes(facts), initialise)
         case "resnet":
             return ResNet(section, *_sizes(facts), initialise)
+        case "custom":
+            return build_custom(section, plan, facts)
         case "hf":
             return build_hf(section, plan, facts)
         case "recurrent" if plan.task == "causal_lm":

@@ -13,17 +13,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lm_train.errors import DataError, UsageError
 from lm_train.models.decoder import Decoder
+from lm_train.models.logits import LogitsLanguageModel
 from lm_train.plan import DataFacts, Plan
 from lm_train.recipe import HuggingFace
 from lm_train.recipe.explain import nearest
 
-IGNORED = -100
-"""Target of a position where nothing is to be predicted."""
 _POSITIONS = "max_position_embeddings"
 _POSITIONS_AFTER_PADDING = (
     "camembert",
@@ -66,39 +64,21 @@ class HuggingFaceNet(nn.Module):
         return self
 
 
-class HuggingFaceLanguageModel(HuggingFaceNet):
-    """Causal or masked language model.
+class HuggingFaceLanguageModel(HuggingFaceNet, LogitsLanguageModel):
+    """Masked language model.
 
     Args:
         model: of transformers.
         block_size: most tokens of one sequence.
-        vocab_size: token ids of the data; the model may have more, which are never drawn.
+        vocab_size: token ids of the data; the model may have more.
     """
 
     def __init__(self, model: Any, block_size: int, vocab_size: int) -> None:
-        super().__init__(model)
-        self.block_size, self.vocab_size = block_size, vocab_size
+        LogitsLanguageModel.__init__(self, block_size, vocab_size)
+        self.model = model
 
-    def forward(self, tokens: Tensor, targets: Tensor | None = None, last_only: bool = False) -> Tensor:
-        """Logits, or with targets the loss.
-
-        Args:
-            tokens: (B, T).
-            targets: (B, T), already those of each position (next tokens, or masked ones), -100 where there is none.
-            last_only: logits of the last position only.
-
-        Returns:
-            Without targets (B, T, vocabulary of the model) logits, T being 1 with `last_only`; with targets the summed
-            cross-entropy in nats, ().
-        """
-        logits = self.model(input_ids=tokens, **self._options).logits  # (B, T, V)
-        if targets is None:
-            return logits[:, -1:] if last_only else logits
-        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum")
-
-    @property
-    def _options(self) -> dict[str, Any]:
-        return {}
+    def logits(self, tokens: Tensor) -> Tensor:  # (B, T) -> (B, T, V)
+        return self.model(input_ids=tokens).logits
 
 
 class HuggingFaceMaskedLM(HuggingFaceLanguageModel):
@@ -134,9 +114,8 @@ class HuggingFaceMaskedLM(HuggingFaceLanguageModel):
 class HuggingFaceDecoder(HuggingFaceLanguageModel):
     """Causal language model, which can draw text."""
 
-    @property
-    def _options(self) -> dict[str, Any]:
-        return {"use_cache": False}
+    def logits(self, tokens: Tensor) -> Tensor:  # (B, T) -> (B, T, V)
+        return self.model(input_ids=tokens, use_cache=False).logits
 
     generate = Decoder.generate
 

@@ -15,7 +15,7 @@ from lm_train.recipe.data_sections import (
     TextData,
 )
 from lm_train.recipe.files import shipped_recipes
-from lm_train.recipe.load import dump, load
+from lm_train.recipe.load import PLUGINS_VARIABLE, dump, load
 from lm_train.recipe.model_sections import (
     BERT,
     CNN,
@@ -37,6 +37,7 @@ __all__ = [
     "CNN",
     "GPT",
     "MLP",
+    "PLUGINS_VARIABLE",
     "AnyData",
     "AnyModel",
     "AnyOptim",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import keyword
 import math
+import sys
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
@@ -36,8 +38,39 @@ class Section(BaseModel):
 
 Dropout = Annotated[float, Field(ge=0, lt=1)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
-Factory = Annotated[Text, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
+
+
+def is_package_name(name: str) -> bool:
+    """Whether it is one plain name, as of a top-level package."""
+    return name.isidentifier() and not keyword.iskeyword(name)
+
+
+def _factory(value: Any) -> Any:
+    module, colon, function = value.partition(":") if isinstance(value, str) else ("", "", "")
+    if not colon or not all(map(is_package_name, (*module.split("."), function))):
+        raise ValueError(f"expected package.module:function, such as mypkg.nets:build; got {value!r}"[:300])
+    return value
+
+
+Factory = Annotated[str, BeforeValidator(_factory)]
 """`package.module:function`."""
+
+
+def _packages(value: Any) -> Any:
+    names = [value] if isinstance(value, str) else value
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"expected a package's name, or several as [a, b]; got {value!r}"[:300])
+    for name in names:
+        if not is_package_name(name):
+            top = name.split(".")[0].split(":")[0]
+            hint = f"; did you mean plugins={top}?" if is_package_name(top) else ""
+            raise ValueError(f"expected the name of a top-level package, such as mypkg; got {name!r}"[:300] + hint)
+        if name in sys.stdlib_module_names:
+            raise ValueError(f"{name} belongs to Python itself; name a package with models or data of your own")
+    return tuple(names)
+
+
+Packages = Annotated[tuple[str, ...], BeforeValidator(_packages)]
 
 
 def _plain(value: Any) -> Any:

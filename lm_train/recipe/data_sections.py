@@ -257,13 +257,15 @@ class PairData(DataSection):
 
 
 class CustomData(DataSection):
-    """A LightningDataModule of the user's own."""
+    """A LightningDataModule of the user's own, with its own loaders."""
 
     kind: Literal["custom"] = "custom"
     factory: Factory
     """`package.module:function`; the package must also be allowed by `plugins=package`."""
     args: FreeMapping = Field(default={})
     """Keyword arguments of the factory."""
+    task: Literal["classification", "regression"] | None = None
+    """What a network learns from its batches; null: a LightningModule of the user's own knows."""
 
 
 AnyData = Annotated[

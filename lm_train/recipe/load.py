@@ -29,7 +29,11 @@ from lm_train.recipe.sections import SECTIONS, Recipe
 from lm_train.recipe.text import parse_scalar
 from lm_train.recipe.words import bare_word, parse_words, tries_to_name_a_recipe
 
-RUN_WORDS = ("resume", "dry_run")
+PLUGINS_VARIABLE = "LM_TRAIN_PLUGINS"
+"""Environment variable with the packages whose code may run, separated by commas: as `plugins=` on the command line."""
+PLACEHOLDER = "missing:missing"
+"""Stands for a needed key that is faulty or absent while the rest is checked; every kind of text takes it."""
+RUN_WORDS = ("resume", "dry_run", "plugins")
 """Words about one start of a run; they are not part of what the run is."""
 
 
@@ -55,6 +59,12 @@ def load(words: Sequence[str]) -> Recipe:
             text = asked if isinstance(asked, str) else shown(asked)
             raw = read_chain(text, Path.cwd(), source, (), problems)
             raw.setdefault("recipe", title(text) or "none")
+            if "plugins" in raw:
+                problems.append(
+                    f"plugins: a recipe cannot allow code to run; give plugins=PACKAGE on the command line, or "
+                    f"{PLUGINS_VARIABLE}=PACKAGE in the environment{source.where(('plugins',))}"
+                )
+                del raw["plugins"]
         else:
             problems.append(f"recipe: expected the name or the path of a recipe; got {shown(asked)}{shipped_names()}")
         complete = len(problems) == before
@@ -75,7 +85,7 @@ def load(words: Sequence[str]) -> Recipe:
 
 
 def dump(recipe: Recipe) -> str:
-    """The resolved recipe as YAML that `load` reads back to an equal recipe (but for `resume` and `dry_run`)."""
+    """The resolved recipe as YAML that `load` reads back to an equal recipe (but for `resume`, `dry_run` and `plugins`)."""
     values = recipe.model_dump(mode="json", exclude=set(RUN_WORDS))
     if values["name"] is None:
         del values["name"]
@@ -199,13 +209,13 @@ class _Faults:
         elif fault["type"] == "missing":
             if section not in self._guessed:
                 self._missing[key] = f"{key}: {section}={values.get('kind')} needs it; give {key}=VALUE{where}"
-            values[leaf] = "missing"
+            values[leaf] = PLACEHOLDER
         else:
             cls = section_class(section, values) if len(path) > 1 else Recipe
             self.problems.append(wrong_value(key, cls, leaf, values[leaf], fault["msg"]) + where)
             del values[leaf]
             if cls.model_fields[leaf].is_required():
-                values[leaf] = "missing"
+                values[leaf] = PLACEHOLDER
         return True
 
     def report_missing(self) -> None:

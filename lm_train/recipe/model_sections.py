@@ -243,9 +243,9 @@ class CustomModel(ModelSection):
     factory: Factory
     """`package.module:function`; the package must also be allowed by `plugins=package`."""
     args: FreeMapping = Field(default={})
-    """Keyword arguments of the factory."""
+    """Keyword arguments of the factory; what the data say comes as `facts`, if it has such a parameter."""
     block_size: PositiveInt = 128
-    """Tokens in one sequence of text."""
+    """Tokens in one sequence of running text."""
     language_task: Literal["causal_lm", "masked_lm"] = "causal_lm"
     """What it learns on running text."""
 

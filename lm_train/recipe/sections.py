@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from lm_train.recipe.base import Count, NonNegativeFloat, PositiveInt, PositiveIntOrAuto, Section, Text
+from lm_train.recipe.base import Count, NonNegativeFloat, Packages, PositiveInt, PositiveIntOrAuto, Section, Text
 from lm_train.recipe.data_sections import AnyData, EmbeddedData
 from lm_train.recipe.model_sections import GPT, AnyModel
 
@@ -174,6 +174,8 @@ class Recipe(Section):
     """One process, 20 steps, checks and profile; see README."""
     dry_run: bool = False
     """Build on the meta device, print parameters and plan, write nothing."""
+    plugins: Packages = ()
+    """Top-level packages whose code this start may run, for model=custom and data=custom; a recipe file cannot allow any."""
     model: AnyModel = GPT()
     data: AnyData = EmbeddedData()
     optim: AnyOptim = AdamW()

@@ -37,13 +37,18 @@ def task_of(recipe: Recipe) -> Task:
         case "pairs":
             return "seq2seq"
         case "custom":
-            return "custom"
+            return data.task or "custom"
 
 
 def task_conflicts(recipe: Recipe) -> Iterator[tuple[list[tuple[str, ...]], str]]:
     """A model that cannot take the data: the keys concerned, and a sentence with what would."""
     model, data = recipe.model, recipe.data
     takes = _READS.get(data.kind)
+    if data.kind == "custom" and data.task is None and model.kind != "custom":
+        yield (
+            [("data", "task"), ("model", "kind")],
+            f"model={model.kind} must know what to learn from data=custom; give data.task=classification or regression",
+        )
     if takes is not None and model.kind not in takes:
         fitting = [kind for kind, models in _READS.items() if model.kind in models]
         yield (

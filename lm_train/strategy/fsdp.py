@@ -45,6 +45,11 @@ class FullySharded(ModelParallelStrategy):
         whole = not any(parameter.is_meta for parameter in net.parameters())
         if whole:
             net.to(self.root_device)
+            for tensor in (
+                *net.parameters(),
+                *net.buffers(),
+            ):  # code of someone else's may have drawn other values here
+                torch.distributed.broadcast(tensor.data, src=0)
         for unit in units_of(net):
             fully_shard(unit, mesh=mesh, mp_policy=self.policy)
         fully_shard(net, mesh=mesh, mp_policy=self.policy)

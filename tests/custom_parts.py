@@ -1,0 +1,73 @@
+"""What users of tests/test_custom.py write: networks, good and bad."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lm_train.plan import DataFacts
+
+
+class Plain(nn.Module):
+    """A language model that knows none of our names."""
+
+    def __init__(self, vocab_size: int, width: int, blocks: int = 2) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vocab_size, width)
+        self.blocks = nn.ModuleList(nn.Linear(width, width) for _ in range(blocks))
+        self.head = nn.Linear(width, vocab_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embedding(x)
+        for block in self.blocks:
+            x = x + block(x).tanh()
+        return self.head(x)
+
+
+def build(facts: DataFacts, width: int = 32) -> nn.Module:
+    assert facts.vocab_size is not None
+    return Plain(facts.vocab_size, width)
+
+
+def other_on_each_call(facts: DataFacts) -> nn.Module:
+    """Draws from the machine, not from the seed: other weights on each rank."""
+    net = build(facts)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.normal_(std=0.02, generator=torch.Generator().manual_seed(torch.seed() % 1000))
+    return net
+
+
+def image_classifier(facts: DataFacts) -> nn.Module:
+    assert facts.input_shape is not None
+    assert facts.n_outputs is not None
+    return nn.Sequential(nn.Flatten(), nn.Linear(torch.Size(facts.input_shape).numel(), facts.n_outputs))
+
+
+def wrong_size(facts: DataFacts) -> nn.Module:
+    return Plain(facts.vocab_size - 1, 8)  # type: ignore[operator]
+
+
+def tuple_of_logits(facts: DataFacts) -> nn.Module:
+    class Tuple(Plain):
+        def forward(self, x: Tensor) -> Any:
+            return super().forward(x), None
+
+    return Tuple(facts.vocab_size, 8)  # type: ignore[arg-type]
+
+
+def nothing() -> None:
+    return None
+
+
+def without_parameters() -> nn.Module:
+    return nn.Identity()
+
+
+def raises() -> nn.Module:
+    raise RuntimeError("the user's own fault,\non two lines")
+
+
+not_callable = 5
