@@ -221,9 +221,8 @@ def start(*words: str) -> subprocess.Popen[str]:
 
 
 def example_words(tmp_path: Path, text_file: Path, strategy: str) -> tuple[str, ...]:
-    return (
-        f"runs_dir={tmp_path}", "name=own", f"data.path={text_file}", f"trainer.strategy={strategy}", "trainer.log_every_n_steps=1", "checkpoint.every_n_steps=10",
-    )  # fmt: skip
+    place = (f"runs_dir={tmp_path}", "name=own", f"data.path={text_file}")
+    return (*place, f"trainer.strategy={strategy}", "trainer.log_every_n_steps=1", "checkpoint.every_n_steps=10")
 
 
 @pytest.mark.parametrize("strategy", ["fsdp", "ddp"])

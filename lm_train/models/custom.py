@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lm_train import plugins
 from lm_train.errors import UsageError
 from lm_train.models.decoder import Decoder
-from lm_train.models.logits import LogitsLanguageModel
+from lm_train.models.logits import LogitsLanguageModel, LogitsMaskedLM
 from lm_train.plan import DataFacts, Plan
 from lm_train.recipe import CustomModel
 
@@ -42,7 +42,7 @@ def build_custom(section: CustomModel, plan: Plan, facts: DataFacts) -> nn.Modul
     if plan.task == "causal_lm":
         return CustomDecoder(made, section, facts)
     if plan.task == "masked_lm":
-        return CustomLanguageModel(made, section, facts)
+        return CustomMaskedLM(made, section, facts)
     if plan.task in ("classification", "regression"):
         return CustomNet(made, section.factory, facts.n_outputs)
     if plan.task == "custom":
@@ -83,8 +83,8 @@ class CustomNet(nn.Module):
         return out
 
 
-class CustomLanguageModel(LogitsLanguageModel):
-    """Logits of the user's network as a masked language model."""
+class CustomDecoder(LogitsLanguageModel):
+    """Logits of the user's network as a causal language model, which can draw text."""
 
     def __init__(self, model: nn.Module, section: CustomModel, facts: DataFacts) -> None:
         assert facts.vocab_size is not None
@@ -93,19 +93,34 @@ class CustomLanguageModel(LogitsLanguageModel):
         self._names = _names_taken(model)
 
     def logits(self, tokens: Tensor) -> Tensor:  # (B, T) -> (B, T, V)
-        out = call(self.model, self._names, {"tokens": tokens})
-        if out.dim() != 3 or out.shape[:2] != tokens.shape or out.shape[2] < self.vocab_size:
-            raise UsageError(
-                f"model.factory: forward of {self.factory} gave {tuple(out.shape)} for {tuple(tokens.shape)} tokens, expected "
-                f"{(*tokens.shape, self.vocab_size)}: logits of each position"
-            )
-        return out
-
-
-class CustomDecoder(CustomLanguageModel):
-    """Logits of the user's network as a causal language model, which can draw text."""
+        return _of_each_position(
+            call(self.model, self._names, {"tokens": tokens}), tokens, self.vocab_size, self.factory
+        )
 
     generate = Decoder.generate
+
+
+class CustomMaskedLM(LogitsMaskedLM):
+    """Logits of the user's network as a masked language model."""
+
+    def __init__(self, model: nn.Module, section: CustomModel, facts: DataFacts) -> None:
+        assert facts.vocab_size is not None
+        super().__init__()
+        self.model, self.factory, self.vocab_size = model, section.factory, facts.vocab_size
+        self._names = _names_taken(model)
+
+    def logits(self, tokens: Tensor, lengths: Tensor | None = None) -> Tensor:  # (B, T) -> (B, T, V)
+        inputs = {"tokens": tokens} if lengths is None else {"tokens": tokens, "lengths": lengths}
+        return _of_each_position(call(self.model, self._names, inputs), tokens, self.vocab_size, self.factory)
+
+
+def _of_each_position(out: Tensor, tokens: Tensor, vocab_size: int, factory: str) -> Tensor:
+    if out.dim() != 3 or out.shape[:2] != tokens.shape or out.shape[2] < vocab_size:
+        raise UsageError(
+            f"model.factory: forward of {factory} gave {tuple(out.shape)} for {tuple(tokens.shape)} tokens, expected "
+            f"{(*tokens.shape, vocab_size)}: logits of each position"
+        )
+    return out
 
 
 def _names_taken(model: nn.Module) -> frozenset[str] | None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lm_train.errors import DataError, UsageError
 from lm_train.models.decoder import Decoder
-from lm_train.models.logits import LogitsLanguageModel
+from lm_train.models.logits import LogitsLanguageModel, LogitsMaskedLM
 from lm_train.plan import DataFacts, Plan
 from lm_train.recipe import HuggingFace
 from lm_train.recipe.explain import nearest
@@ -64,8 +64,8 @@ class HuggingFaceNet(nn.Module):
         return self
 
 
-class HuggingFaceLanguageModel(HuggingFaceNet, LogitsLanguageModel):
-    """Masked language model.
+class HuggingFaceDecoder(HuggingFaceNet, LogitsLanguageModel):
+    """Causal language model, which can draw text.
 
     Args:
         model: of transformers.
@@ -78,46 +78,19 @@ class HuggingFaceLanguageModel(HuggingFaceNet, LogitsLanguageModel):
         self.model = model
 
     def logits(self, tokens: Tensor) -> Tensor:  # (B, T) -> (B, T, V)
-        return self.model(input_ids=tokens).logits
-
-
-class HuggingFaceMaskedLM(HuggingFaceLanguageModel):
-    """Masked language model."""
-
-    def forward(  # type: ignore[override]
-        self,
-        tokens: Tensor,
-        targets: Tensor | None = None,
-        lengths: Tensor | None = None,
-        positions: Tensor | None = None,
-    ) -> Tensor:
-        """Logits, or with targets the loss.
-
-        Args:
-            tokens: (B, T), the mask symbol where a token is to be guessed.
-            targets: the right tokens, (B, k), -100 where nothing is to be guessed.
-            lengths: real tokens of each row, (B,); None: all T.
-            positions: where to guess, (B, k); None: everywhere, k being T.
-
-        Returns:
-            Without targets (B, k, vocabulary of the model) logits; with targets the summed cross-entropy in nats, ().
-        """
-        seen = None if lengths is None else torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
-        logits = self.model(input_ids=tokens, attention_mask=None if seen is None else seen.long()).logits
-        if positions is not None:
-            logits = logits.gather(1, positions[..., None].expand(-1, -1, logits.shape[-1]))
-        if targets is None:
-            return logits
-        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum")
-
-
-class HuggingFaceDecoder(HuggingFaceLanguageModel):
-    """Causal language model, which can draw text."""
-
-    def logits(self, tokens: Tensor) -> Tensor:  # (B, T) -> (B, T, V)
         return self.model(input_ids=tokens, use_cache=False).logits
 
     generate = Decoder.generate
+
+
+class HuggingFaceMaskedLM(HuggingFaceNet, LogitsMaskedLM):
+    """Masked language model."""
+
+    def logits(self, tokens: Tensor, lengths: Tensor | None = None) -> Tensor:  # (B, T) -> (B, T, V)
+        mask = (
+            None if lengths is None else (torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]).long()
+        )
+        return self.model(input_ids=tokens, attention_mask=mask).logits
 
 
 class HuggingFaceTextClassifier(HuggingFaceNet):
@@ -178,7 +151,7 @@ def build_hf(section: HuggingFace, plan: Plan, facts: DataFacts) -> HuggingFaceN
         case "causal_lm":
             return HuggingFaceDecoder(model, section.block_size, facts.vocab_size or config.vocab_size)
         case "masked_lm":
-            return HuggingFaceMaskedLM(model, section.block_size, facts.vocab_size or config.vocab_size)
+            return HuggingFaceMaskedLM(model)
         case "classification" if _of_images(facts):
             return HuggingFaceImageClassifier(model)
         case "classification":
