@@ -27,6 +27,7 @@ from lm_train.data.batches import EvaluationBatches, Samples
 from lm_train.data.text import TrainBatches
 from lm_train.errors import ExitCode
 from lm_train.hardware import Machine
+from lm_train.models.batch_norm import BatchNorm2d
 from lm_train.modules import CausalLanguageModel, Classification
 from lm_train.optim import build_optimizer, parameter_groups
 from lm_train.plan import DataFacts, Plan, make_plan
@@ -360,6 +361,30 @@ class _CountedEvaluation(L.Callback):
     def on_validation_end(self, *args: Any) -> None:
         self._profile.__exit__(None, None, None)
         self.collectives = _counts(self._profile)["collectives"]
+
+
+def channels_far_apart(dtype: torch.dtype) -> torch.Tensor:
+    """(8, 3, 5, 4), far from mean 0, so that a variance out of sums of squares would lose digits."""
+    x = torch.randn(8, 3, 5, 4, generator=torch.Generator().manual_seed(0)) * 2 + torch.tensor([0.0, 5.0, 50.0]).view(
+        3, 1, 1
+    )
+    return x.to(dtype)
+
+
+def batch_norm(dtype: str) -> dict[str, Any]:
+    """This rank's half of a batch through batch norm and back."""
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
+    x = channels_far_apart(getattr(torch, dtype)).chunk(2)[dist.get_rank()].requires_grad_()
+    norm = BatchNorm2d(x.shape[1])
+    nn.init.normal_(norm.weight, generator=torch.Generator().manual_seed(1))
+    y = norm(x)
+    weights = torch.linspace(-1, 1, 2 * y.numel()).view(2, *y.shape)[dist.get_rank()]
+    (y.float() * weights).sum().backward()
+    found = {f"{name}_grad": p.grad.tolist() for name, p in norm.named_parameters()}  # type: ignore[union-attr]
+    assert x.grad is not None
+    running = [norm.running_mean.tolist(), norm.running_var.tolist()]  # type: ignore[union-attr]
+    return found | {"y": y.tolist(), "x_grad": x.grad.tolist(), "running": running}
 
 
 def main() -> None:
