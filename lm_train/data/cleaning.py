@@ -33,6 +33,10 @@ class _TextOfHTML(HTMLParser):
         if tag not in _INLINE:
             self.parts.append(" ")
 
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag not in _INLINE:
+            self.parts.append(" ")
+
     def handle_endtag(self, tag: str) -> None:
         self._hidden = max(0, self._hidden - (tag in _HIDDEN))
         if tag not in _INLINE:

@@ -178,6 +178,11 @@ def _class_folders(path: Path, files: list[Path], only: Split | None) -> RowSour
         raise DataError(f"{path}: neither tables ({', '.join(_KINDS)}) nor a folder of .txt files for each class")
     if "train" not in by_split and only is None:
         raise DataError(f"{path}: only validation or test texts; training texts are in train/CLASS/, or in CLASS/")
+    for folder in sorted({file.parent.parent for chosen in by_split.values() for file in chosen}):
+        for place in sorted(folder.iterdir()):
+            names_a_split = split_of(place.name) is not None or place.name.startswith(".")
+            if place.is_dir() and not names_a_split and not any(place.iterdir()):
+                raise DataError(f"{place}: a class without a text; fill the folder or remove it")
     splits: dict[Split, Rows] = {split: _texts(chosen) for split, chosen in by_split.items()}
     return RowSource(str(path), digest_of_parts(*parts), splits, _FOLDER_COLUMNS)
 
