@@ -343,7 +343,7 @@ def check_resumable(checkpoint: Path, recipe: Recipe, plan: Plan) -> int:
             f"{checkpoint}: was trained with seed={seed}, now seed={recipe.seed}, which is another order of samples; give "
             f"seed={seed}, {otherwise}"
         )
-    if optimizer.lower() != recipe.optim.kind:
+    if optimizer.lower() != recipe.optim.kind and recipe.model.kind != "custom":  # a LightningModule brings its own
         raise CheckpointError(
             f"{checkpoint}: holds the state of {optimizer}, the recipe asks for {recipe.optim.kind}; give "
             f"optim.kind={optimizer.lower()}, {otherwise}"

@@ -84,7 +84,12 @@ def train(folder: RunFolder, resume_from: Path | None = None, callbacks: Sequenc
         recipe.checkpoint,
         folder,
         metrics,
-        state=lambda: {"gpu_hours": metrics.gpu_hours, "seed": recipe.seed, "data": fingerprint},
+        state=lambda: {
+            "gpu_hours": metrics.gpu_hours,
+            "seed": recipe.seed,
+            "data": fingerprint,
+            "module": module.saved_state(),
+        },
     )
     sample, evaluation = _sample(recipe, datamodule, net), Evaluation(folder)
     with loggers(recipe, plan, folder, rank) as run_loggers:
@@ -155,6 +160,7 @@ class _Restore(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.checkpoint.load(views_of(pl_module.net, trainer.optimizers[0], trainer.global_rank, trainer.world_size))
         restore_state(trainer, self.checkpoint.state)
+        pl_module.restore_state(self.checkpoint.state.get("module", {}))
 
 
 class _ExactStart(L.Callback):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import lightning.pytorch as L
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lm_train.plan import DataFacts
@@ -71,3 +73,66 @@ def raises() -> nn.Module:
 
 
 not_callable = 5
+
+
+class Own(L.LightningModule):
+    """A LightningModule with its own steps, optimizer and scheduler."""
+
+    def __init__(self, vocab_size: int, rate: float = 1e-2) -> None:
+        super().__init__()
+        self.rate = rate
+        self.net = Plain(vocab_size, 32)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.net(tokens)
+
+    def _loss(self, batch: dict[str, Any]) -> Tensor:
+        return F.cross_entropy(self(batch["tokens"]).flatten(0, 1), batch["targets"].flatten())
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        loss = self._loss(batch)
+        self.log("train_loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: dict[str, Any]) -> None:
+        loss = self._loss(batch)
+        self.log_dict({"val_loss": loss, "val_perplexity": loss.exp()})
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.AdamW(self.parameters(), self.rate)
+        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 3, gamma=0.5)]
+
+
+def lightning(facts: DataFacts, rate: float = 1e-2) -> L.LightningModule:
+    assert facts.vocab_size is not None
+    return Own(facts.vocab_size, rate)
+
+
+def by_hand(facts: DataFacts) -> L.LightningModule:
+    module = lightning(facts)
+    module.automatic_optimization = False
+    return module
+
+
+def two_optimizers(facts: DataFacts) -> L.LightningModule:
+    class Two(Own):
+        def configure_optimizers(self) -> Any:
+            return [torch.optim.SGD(self.parameters(), 0.1), torch.optim.SGD(self.parameters(), 0.1)]
+
+    return Two(facts.vocab_size)  # type: ignore[arg-type]
+
+
+def own_backward(facts: DataFacts) -> L.LightningModule:
+    class Backward(Own):
+        def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+            loss.backward()
+
+    return Backward(facts.vocab_size)  # type: ignore[arg-type]
+
+
+def no_loss(facts: DataFacts) -> L.LightningModule:
+    class NoLoss(Own):
+        def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:  # type: ignore[override]
+            return None
+
+    return NoLoss(facts.vocab_size)  # type: ignore[arg-type]

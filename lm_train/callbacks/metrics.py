@@ -82,6 +82,7 @@ class Metrics(L.Callback):
         if plan.peak_flops_per_device is not None and self.flops_per_sample is not None:
             peak = plan.peak_flops_per_device * plan.world_size
             row["perf/mfu"] = row["perf/samples_per_second"] * self.flops_per_sample / peak
+        row |= {name: float(value) for name, value in module.further_metrics().items()}
         self._write(trainer, row, step)
         self._reset_clock(trainer)
 

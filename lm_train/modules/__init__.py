@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import lightning.pytorch as L
 from torch import nn
 
 from lm_train.data import DataModule
 from lm_train.modules.base import TrainingModule, parameter_table
 from lm_train.modules.classification import Classification
+from lm_train.modules.custom import CustomTraining
 from lm_train.modules.language import CausalLanguageModel
 from lm_train.modules.masked_language import MaskedLanguageModel
 from lm_train.modules.regression import Regression
@@ -23,6 +25,8 @@ def build(net: nn.Module, recipe: Recipe, plan: Plan, data: DataModule) -> Train
         plan: names the task.
         data: prepared.
     """
+    if isinstance(net, L.LightningModule):
+        return CustomTraining(net, recipe.optim, plan, recipe.seed)
     match plan.task:
         case "causal_lm":
             return CausalLanguageModel(net, recipe.optim, plan, recipe.seed)
@@ -39,6 +43,7 @@ def build(net: nn.Module, recipe: Recipe, plan: Plan, data: DataModule) -> Train
 __all__ = [
     "CausalLanguageModel",
     "Classification",
+    "CustomTraining",
     "MaskedLanguageModel",
     "Regression",
     "TrainingModule",

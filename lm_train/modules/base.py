@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from typing import Any
 
 import lightning.pytorch as L
 import torch
@@ -117,6 +118,17 @@ class TrainingModule(L.LightningModule, ABC):
         """
         if not isinstance(self.trainer.strategy, Zero):
             self._grad_norm = clip_gradients(self.net.parameters(), gradient_clip_val)
+
+    def further_metrics(self) -> dict[str, Tensor]:
+        """What else a row of the training's metrics holds, each (), over all ranks: all of them call it."""
+        return {}
+
+    def saved_state(self) -> dict[str, Any]:
+        """JSON values that a checkpoint keeps for `restore_state`."""
+        return {}
+
+    def restore_state(self, state: dict[str, Any]) -> None:
+        """Gives back what `saved_state` gave."""
 
     def on_validation_epoch_start(self) -> None:
         self.start_evaluation()
