@@ -52,7 +52,7 @@ def train_folds(recipe: Recipe) -> int:
             say(f"fold {fold} of {folds}: {fold_name(name, fold)}")
         part = recipe.model_copy(update={"name": fold_name(name, fold), "data": data.model_copy(update={"fold": fold})})
         try:
-            code = launch.train(part)
+            code = launch.train(part, series=name)
         except LMTrainError:
             with contextlib.suppress(OSError):  # claimed, and not begun
                 (Path(recipe.runs_dir) / fold_name(name, 1)).rmdir()
@@ -73,7 +73,7 @@ def fold_name(name: str, fold: int) -> str:
 
 def _say_how_to_go_on(name: str, fold: int, folds: int, leads: bool) -> None:
     if leads:
-        say(f"fold {fold} of {folds} has not come to its end; the same command with name={name} goes on from there")
+        say(f"fold {fold} of {folds} has not come to its end; the same command and name={name} goes on from there")
 
 
 def _compare(runs_dir: Path, name: str, folds: int) -> None:

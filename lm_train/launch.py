@@ -24,8 +24,12 @@ FINISH_S = 60.0
 """How long the other supervisors leave rank 0's to finish after a stop."""
 
 
-def train(recipe: Recipe) -> int:
+def train(recipe: Recipe, series: str | None = None) -> int:
     """Trains as the recipe says, on this machine or in this Slurm step.
+
+    Args:
+        recipe: what is asked.
+        series: the name by which a person takes this run up again, where it is one of several that a command starts.
 
     Returns:
         The exit code of the run; see `ExitCode`.
@@ -36,11 +40,11 @@ def train(recipe: Recipe) -> int:
     machine, allocation = this_machine(), current_allocation()
     plugins.allow(recipe.plugins)  # the ranks have it from the environment
     if allocation is None or allocation.is_primary:
-        return _lead(recipe, machine, allocation)
+        return _lead(recipe, machine, allocation, series)
     return _follow(recipe, machine, allocation)
 
 
-def _lead(recipe: Recipe, machine: Machine, allocation: Allocation | None) -> int:
+def _lead(recipe: Recipe, machine: Machine, allocation: Allocation | None, series: str | None) -> int:
     """The primary's part: everything that is done once."""
     try:
         plugins.check(recipe)
@@ -67,9 +71,8 @@ def _lead(recipe: Recipe, machine: Machine, allocation: Allocation | None) -> in
             for warning in _warnings(recipe, machine, allocation):
                 say(f"lm-train: warning: {warning}")
             say(f"run folder {folder.root}\nplan\n{plan.table()}")
-            code = _supervise(
-                recipe, folder, plan, machine, allocation, publish(folder, allocation, checkpoint), checkpoint
-            )
+            attempt = publish(folder, allocation, checkpoint)
+            code = _supervise(recipe, folder, plan, machine, allocation, attempt, checkpoint, series)
     except LMTrainError as error:
         _tell_others(recipe, allocation, error.exit_code)
         raise
@@ -120,6 +123,7 @@ def _supervise(
     allocation: Allocation | None,
     attempt: Attempt,
     checkpoint: Path | None,
+    series: str | None = None,
 ) -> int:
     """Runs the ranks of this task and writes the outcome; success is the primary's to tell."""
     primary = allocation is None or allocation.is_primary
@@ -140,7 +144,7 @@ def _supervise(
         supervisor.tell(failure, recipe.debug)
     if primary and code in (ExitCode.REQUEUE, ExitCode.INTERRUPTED) and supervisor.stopping:
         saved = "stopped without saving" if supervisor.at_once else "stopped"
-        say(f"{saved}; go on with the same command and name={folder.name}")
+        say(f"{saved}; go on with the same command and name={series or folder.name}")
     return code
 
 

@@ -10,7 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from sklearn.metrics import accuracy_score, confusion_matrix, log_loss, precision_recall_fscore_support
+from sklearn.metrics import (
+    accuracy_score,
+    confusion_matrix,
+    log_loss,
+    mean_squared_error,
+    precision_recall_fscore_support,
+    r2_score,
+)
 from torchmetrics.functional.classification import (
     multiclass_accuracy,
     multiclass_confusion_matrix,
@@ -19,7 +26,11 @@ from torchmetrics.functional.classification import (
     multiclass_recall,
 )
 
+from lm_train.hardware import Machine
 from lm_train.metrics import ClassCounts, ClassScores, counts
+from lm_train.modules import Regression
+from lm_train.plan import make_plan
+from lm_train.recipe import load
 from tests.pair import Pair
 
 N_CLASSES = 7
@@ -149,3 +160,19 @@ def test_a_file_holds_everything(tmp_path: Path) -> None:
 def test_class_names_that_are_no_names_of_metrics() -> None:
     scores = ClassScores.of(("a/b", "a_b", ""), np.eye(3, dtype=np.int64))
     assert [name for name in scores.metrics() if name.startswith("f1/")] == ["f1/a_b", "f1/a_b_1", "f1/_"]
+
+
+def test_sums_of_squares_keep_their_precision_where_the_module_is_cast() -> None:
+    recipe = load(["recipe=gpt_debug"])
+    plan = make_plan(recipe, Machine(cpu_cores=1, gpus=()))
+    module = Regression(torch.nn.Identity(), recipe.optim, plan, 0, (1.0,))
+    module.predictions = lambda batch: batch["inputs"]  # type: ignore[method-assign]
+    module.to(torch.bfloat16)
+    torch.manual_seed(0)
+    inputs = torch.randn(1000, 1)
+    targets = inputs + 0.1 * torch.randn(1000, 1)
+    module.start_evaluation()
+    module.evaluate({"inputs": inputs, "targets": targets, "valid": torch.ones(1000, dtype=torch.bool)})
+    found = module.evaluation("val")
+    assert float(found["mse"]) == pytest.approx(mean_squared_error(targets, inputs), abs=1e-6)
+    assert float(found["r2"]) == pytest.approx(r2_score(targets, inputs), abs=1e-6)

@@ -17,6 +17,7 @@ from lm_train.errors import DataError, UsageError
 from lm_train.folds import train_folds
 from lm_train.recipe import Recipe, load
 from lm_train.runs import RunFolder, read_jsonl
+from lm_train.slurm import current_allocation
 
 WORDS = ("recipe=gpt_debug", "model={kind: mlp, widths: [8]}", "data={kind: images, folds: 3}")
 
@@ -30,7 +31,8 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[Recipe]:
     """Stands for the training of a run: notes its recipe, and writes two validations."""
     found: list[Recipe] = []
 
-    def train(recipe: Recipe) -> int:
+    def train(recipe: Recipe, series: str) -> int:
+        assert recipe.name == f"{series}-fold-{recipe.data.fold}"
         found.append(recipe)
         run = RunFolder(Path(recipe.runs_dir) / str(recipe.name))
         run.root.mkdir(parents=True, exist_ok=True)
@@ -83,11 +85,11 @@ def test_a_fold_that_does_not_end_ends_the_series(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    whole: Callable[[Recipe], int] = folds.launch.train
+    whole: Callable[[Recipe, str], int] = folds.launch.train
 
-    def until_second(recipe: Recipe) -> int:
+    def until_second(recipe: Recipe, series: str) -> int:
         if recipe.data.fold < 2:
-            return whole(recipe)
+            return whole(recipe, series)
         if isinstance(failure, int):
             return failure
         raise failure
@@ -99,7 +101,7 @@ def test_a_fold_that_does_not_end_ends_the_series(
         with pytest.raises(DataError):
             train_folds(asked(tmp_path, "name=trial"))
     out, err = capsys.readouterr()
-    assert "fold 2 of 3 has not come to its end; the same command with name=trial goes on from there" in err
+    assert "fold 2 of 3 has not come to its end; the same command and name=trial goes on from there" in err
     assert out == ""
     assert not (tmp_path / "trial-folds.json").exists()
     assert len(trained) == 1
@@ -148,3 +150,27 @@ def test_the_command_trains_every_fold_once(tmp_path: Path) -> None:
     assert again.returncode == 0
     assert again.stderr.count("is finished already") == 2
     assert json.loads((tmp_path / "runs/trial-folds.json").read_text()) == content
+
+
+@pytest.mark.parametrize("task", [0, 1])
+def test_all_tasks_of_a_slurm_step_mean_the_same_runs(
+    task: int,
+    tmp_path: Path,
+    trained: list[Recipe],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    environ = {
+        "SLURM_JOB_ID": "41",
+        "SLURM_STEP_ID": "0",
+        "SLURM_PROCID": str(task),
+        "SLURM_LOCALID": str(task),
+        "SLURM_STEP_TASKS_PER_NODE": "2",
+        "ENVIRONMENT": "BATCH",
+    }
+    monkeypatch.setattr(folds, "current_allocation", lambda: current_allocation(environ))
+    assert train_folds(asked(tmp_path)) == 0
+    assert [recipe.name for recipe in trained] == [f"gpt_debug-41-fold-{i}" for i in (1, 2, 3)]
+    out, err = capsys.readouterr()
+    assert bool(out) == bool(err) == (task == 0)  # one task speaks and writes for all
+    assert (tmp_path / "gpt_debug-41-folds.json").exists() == (task == 0)

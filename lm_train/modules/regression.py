@@ -28,8 +28,6 @@ class Regression(TrainingModule):
         self.target_scale = target_scale
         self.mse = MeanSquaredError(num_outputs=len(target_scale))
         self.r2 = R2Score(multioutput="uniform_average")
-        for metric in (self.mse, self.r2):
-            metric.set_dtype(torch.float64)  # R2 is the difference of large sums
 
     def loss(self, batch: Batch) -> Tensor:
         """Mean over a sample's values of the squared errors, summed over the batch, ()."""
@@ -42,8 +40,9 @@ class Regression(TrainingModule):
         return (predictions - batch["targets"]).square().mean(dim=-1)
 
     def start_evaluation(self) -> None:
-        self.mse.reset()
-        self.r2.reset()
+        for metric in (self.mse, self.r2):
+            # R2 is the difference of large sums; here, since a 16-bit precision casts the states with the module
+            metric.set_dtype(torch.float64).reset()
         self._totals = torch.zeros(2, dtype=torch.float64, device=self.device)
 
     def evaluate(self, batch: Batch) -> None:
