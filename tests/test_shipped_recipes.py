@@ -46,7 +46,8 @@ def test_plan(name: str, machine: Machine) -> None:
     recipe = recipe_of(name)
     plan = make_plan(recipe, machine)
     assert plan.micro_batch_size * plan.accumulate_grad_batches * plan.world_size == recipe.data.global_batch_size
-    assert plan.precision == ("bf16-mixed" if machine.gpus else "32-true")
+    asked = recipe.trainer.precision
+    assert plan.precision == (("bf16-mixed" if machine.gpus else "32-true") if asked == "auto" else asked)
     named = recipe.trainer.strategy
     assert plan.strategy == (("ddp" if machine.gpus else "single") if named == "auto" else named)
     assert (plan.peak_flops_per_device is not None) == bool(machine.gpus)

@@ -7,6 +7,7 @@ global max pooling; a linear head whose logits are scaled down.
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 
 import torch
@@ -56,6 +57,14 @@ class ResNet(DenseNetwork):
         for stage in self.stages:
             x = stage(x)
         return self.head(x.amax(dim=(2, 3))) * self.head_scale
+
+    def fill(self, name: str, tensor: Tensor) -> None:
+        """As every `DenseNetwork`, but weights uniform with variance 1 / (3 inputs of a unit), torch's own choice (LeCun et al.
+        1998, "Efficient BackProp"): a norm takes the scale of a convolution away, and smaller weights turn faster."""
+        if tensor.dim() > 1:
+            nn.init.kaiming_uniform_(tensor, a=math.sqrt(5))
+        else:
+            super().fill(name, tensor)
 
 
 class ConvNormAct(nn.Module):
