@@ -6,6 +6,7 @@ from lm_train.data.batches import IGNORED, Batch
 from lm_train.data.images import ImageDataModule
 from lm_train.data.masking import MaskedTextDataModule
 from lm_train.data.module import DataModule
+from lm_train.data.pairs import PairDataModule
 from lm_train.data.table import TableDataModule
 from lm_train.data.text import TextDataModule
 from lm_train.data.text_classes import TextClassDataModule
@@ -34,6 +35,8 @@ def build(section: AnyData, plan: Plan, seed: int, folder: RunFolder) -> DataMod
             return TableDataModule(section, plan, seed, folder)
         case "text_classes":
             return TextClassDataModule(section, plan, seed, folder)
+        case "pairs":
+            return PairDataModule(section, plan, seed, folder)
     raise AssertionError(section.kind)
 
 
@@ -43,6 +46,7 @@ __all__ = [
     "DataModule",
     "ImageDataModule",
     "MaskedTextDataModule",
+    "PairDataModule",
     "TableDataModule",
     "TextClassDataModule",
     "TextDataModule",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from abc import ABC
 
 import numpy as np
 import numpy.typing as npt
@@ -27,7 +28,14 @@ WINDOW = 16
 """Global batches whose texts are sorted by length together."""
 
 
-class TextSamples(Samples):
+class SizedSamples(Samples, ABC):
+    """Samples of different lengths."""
+
+    lengths: Integers
+    """Of each sample, (n,)."""
+
+
+class TextSamples(SizedSamples):
     """The texts of one split as rows that are filled up to the longest of their micro batch.
 
     Args:
@@ -91,7 +99,7 @@ class BucketBatches(SampleBatches):
     is still a function of seed and position alone.
     """
 
-    samples: TextSamples
+    samples: SizedSamples
 
     def micro_batch(self, start: int, part: slice) -> Batch:
         size = self.plan.global_batch_size

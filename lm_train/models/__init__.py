@@ -14,6 +14,7 @@ from lm_train.models.llama import Llama
 from lm_train.models.mlp import MLP
 from lm_train.models.recurrent import RecurrentClassifier, RecurrentLanguageModel
 from lm_train.models.resnet import ResNet
+from lm_train.models.seq2seq import Seq2Seq
 from lm_train.plan import DataFacts, Plan
 from lm_train.recipe import AnyModel
 
@@ -53,6 +54,8 @@ def build(section: AnyModel, plan: Plan, facts: DataFacts, initialise: bool = Tr
             n_classes = None if plan.task == "masked_lm" else facts.n_outputs
             size = _vocab_size(section.vocab_size, facts)
             return BERT(section, size, n_classes, checkpointing, chunks, initialise)
+        case "seq2seq":
+            return Seq2Seq(section, _vocab_size(section.vocab_size, facts), checkpointing, chunks, initialise)
     raise AssertionError(section.kind)
 
 
@@ -78,5 +81,6 @@ __all__ = [
     "RecurrentClassifier",
     "RecurrentLanguageModel",
     "ResNet",
+    "Seq2Seq",
     "build",
 ]

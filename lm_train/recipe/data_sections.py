@@ -242,18 +242,18 @@ class TableData(LabelledData):
         return found
 
 
-class PairData(DataSection):
+class PairData(LabelledData):
     """Pairs of texts, such as a sentence and its translation: csv, tsv, jsonl or parquet with two text columns."""
 
     kind: Literal["pairs"] = "pairs"
-    path: Text | None = None
-    """File, folder or hub name; null: strings to copy and to reverse."""
-    val_path: Text | None = None
-    test_path: Text | None = None
-    val_fraction: Fraction = 0.1
     source_column: Text = "source"
+    """Column of the text that is read."""
     target_column: Text = "target"
+    """Column of the text that is written."""
     tokenizer: Tokenizer = "chars"
+    """Of both sides; three ids are added, which start, end and fill up."""
+    longer: Literal["drop", "cut"] = "drop"
+    """What becomes of pairs with more than model.block_size tokens on a side."""
 
 
 class CustomData(DataSection):

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Literal
 
 from lm_train.recipe.sections import Recipe
-from lm_train.recipe.tokenizer_names import has_mask
+from lm_train.recipe.tokenizer_names import MASKS, PAIR_SYMBOLS, has_symbol
 
 Task = Literal["causal_lm", "masked_lm", "seq2seq", "classification", "regression", "custom"]
 _LANGUAGE = {"gpt": "causal_lm", "llama": "causal_lm", "recurrent": "causal_lm", "bert": "masked_lm"}
@@ -17,7 +17,7 @@ _READS = {
     "text_classes": ("bert", "recurrent", "hf", "custom"),
     "images": ("mlp", "cnn", "resnet", "hf", "custom"),
     "table": ("mlp", "custom"),
-    "pairs": ("seq2seq", "hf", "custom"),
+    "pairs": ("seq2seq", "custom"),
 }
 """By kind of data: the kinds of model that take it; data of the user's own go into any."""
 
@@ -69,9 +69,9 @@ def further_ids(task: Task, tokenizer: str) -> int:
     """Token ids that a task needs beside those of the text: one to hide a token behind; start, end and padding of pairs."""
     match task:
         case "masked_lm":
-            return 0 if has_mask(tokenizer) else 1
+            return 0 if has_symbol(tokenizer, MASKS) else 1
         case "seq2seq":
-            return 3
+            return sum(not has_symbol(tokenizer, (symbol,)) for symbol in PAIR_SYMBOLS)
     return 0
 
 

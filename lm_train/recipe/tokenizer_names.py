@@ -12,6 +12,8 @@ TOKENIZER_NAMES = ("bytes", "chars", "gpt2", "bpe:2048", "words:20000")
 """For a suggestion; any `bpe:N` and `words:N` will do."""
 MASKS = ("[MASK]", "<mask>")
 """What vocabularies call the symbol that hides a token; the first is added where there is none."""
+PAIR_SYMBOLS = ("<pad>", "<s>", "</s>")
+"""What fills up, starts and ends the texts of pairs; added where they are missing."""
 _PLAIN_VOCABULARIES = ("encoder.json", "vocab.json")
 """Files that map each token to its id, and nothing else: GPT-2's own, and the hub's."""
 _BPE = re.compile(r"bpe:([1-9][0-9]*)")
@@ -72,8 +74,8 @@ def known_vocab_size(name: str) -> int | None:
     return _size_of_files(Path(name).expanduser()) if exists(name) else None
 
 
-def has_mask(name: str) -> bool:
-    """Whether the tokenizer's file has a mask symbol of its own; a made one, and GPT-2's, have none."""
+def has_symbol(name: str, symbols: tuple[str, ...]) -> bool:
+    """Whether the tokenizer's file has one of the symbols; a made vocabulary, and GPT-2's, have none."""
     if not is_path(name) or not exists(name):
         return False
     path = Path(name).expanduser()
@@ -81,7 +83,7 @@ def has_mask(name: str) -> bool:
         content = json.loads((path / "tokenizer.json" if path.is_dir() else path).read_text(encoding="utf-8"))
         added = [token["content"] for token in content.get("added_tokens", [])]
         vocab = content["model"]["vocab"]
-        return any(mask in added or (isinstance(vocab, dict) and mask in vocab) for mask in MASKS)
+        return any(symbol in added or (isinstance(vocab, dict) and symbol in vocab) for symbol in symbols)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return False
 
