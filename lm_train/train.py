@@ -20,8 +20,9 @@ from lm_train.callbacks import Checkpoints, DebugChecks, Evaluation, Metrics, Pr
 from lm_train.callbacks.checkpoints import MONITOR, restore_state
 from lm_train.callbacks.debugging import overfit_one_batch
 from lm_train.checkpoint import CheckpointReader, set_initial_weights, views_of
-from lm_train.data import DataModule, TextDataModule
+from lm_train.data import DataModule, MaskedTextDataModule, PairDataModule, TextDataModule
 from lm_train.errors import CheckpointError, ExitCode
+from lm_train.generate import sample_guesses, sample_pairs, sample_text
 from lm_train.loop import StepTrainer
 from lm_train.modules import TrainingModule
 from lm_train.plan import Plan, flops_per_sample
@@ -244,10 +245,18 @@ def _limit(batches: int | None, there: bool) -> int | float:
 
 
 def _sample(recipe: Recipe, datamodule: DataModule, net: nn.Module) -> Sample | None:
-    """What draws text at the end, where the network can and the recipe asks for it."""
-    if not isinstance(datamodule, TextDataModule) or not hasattr(net, "generate") or not recipe.trainer.sample_tokens:
+    """What shows at the end what the network does, where it is made of text and the recipe asks for it."""
+    n_tokens = recipe.trainer.sample_tokens
+    if not n_tokens:
         return None
-    return Sample(datamodule.tokenizer, recipe.trainer.sample_tokens, recipe.seed)
+    match datamodule:
+        case MaskedTextDataModule() if datamodule.has("val"):
+            return Sample(partial(sample_guesses, data=datamodule, split="val"))
+        case PairDataModule() if hasattr(net, "generate"):
+            return Sample(partial(sample_pairs, data=datamodule, split="val"))
+        case TextDataModule() if hasattr(net, "generate"):
+            return Sample(partial(sample_text, tokenizer=datamodule.tokenizer, n_tokens=n_tokens, seed=recipe.seed))
+    return None
 
 
 def _announce(recipe: Recipe, plan: Plan, n_parameters: int, datamodule: DataModule, resume_from: Path | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -21,14 +22,42 @@ MASKED = (
     "trainer.max_steps=12",
     "data.val_fraction=0.02",
 )
-TASKS = {"masked_lm": MASKED}
+SHARED = MASKED[1:-1]
+CLASSES = (
+    "model={kind: bert, n_layer: 2, n_head: 2, n_embd: 32, block_size: 16, dropout: 0.0}",
+    *SHARED,
+    "data={kind: text_classes, tokenizer: bytes, max_length: 16}",
+)
+PAIRS = (
+    "model={kind: seq2seq, n_layer: 2, n_head: 2, n_embd: 32, block_size: 24, dropout: 0.0}",
+    *SHARED,
+    "data={kind: pairs, tokenizer: chars}",
+)
+TASKS = {"masked_lm": MASKED, "classification": CLASSES, "seq2seq": PAIRS}
 STRATEGIES = ("ddp", "fsdp", "zero3", *(pytest.param(s, marks=pytest.mark.slow) for s in ("zero1", "zero2")))
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> dict[str, Path]:
+    """Data of each task, made of the sentences."""
+    folder = tmp_path_factory.mktemp("tasks")
+    lines = text_file.read_text(encoding="utf-8").splitlines()[:300]
+    classes, pairs = folder / "classes.tsv", folder / "pairs.tsv"
+    classes.write_text(
+        "text\tlabel\n" + "".join(f"{line[:30]}\t{'long' if len(line) > 45 else 'short'}\n" for line in lines),
+        encoding="utf-8",
+    )
+    words = [line[: 5 + i % 17].replace(" ", "") for i, line in enumerate(lines)]
+    pairs.write_text("source\ttarget\n" + "".join(f"{w}\t{w[::-1]}\n" for w in words), encoding="utf-8")
+    return {"masked_lm": text_file, "classification": classes, "seq2seq": pairs}
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("task", TASKS)
-def test_two_processes_compute_what_one_computes(ranks: Ranks, new_run: NewRun, task: str, strategy: str) -> None:
-    words = TASKS[task]
+def test_two_processes_compute_what_one_computes(
+    ranks: Ranks, new_run: NewRun, files: dict[str, Path], task: str, strategy: str
+) -> None:
+    words = (*TASKS[task], f"data.path={files[task]}", "trainer.sample_tokens=10")
     one = new_run(*words, name="alone")
     assert train(one) == 0
     both = new_run(*words, "trainer.devices=2", f"trainer.strategy={strategy}", name="both")

@@ -1,12 +1,12 @@
-"""A sample of text from the trained model at the end of the run."""
+"""A sample of what the trained model does at the end of the run."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import lightning.pytorch as L
-from tokenizers import Tokenizer
 from torch import nn
 
-from lm_train.generate import sample_text
 from lm_train.loop import StepTrainer
 from lm_train.strategy import is_sharded
 
@@ -17,13 +17,11 @@ class Sample(L.Callback):
     Where parameters are sharded each forward pass needs every rank, and all of them draw the same text.
 
     Args:
-        tokenizer: of the corpus.
-        n_tokens: how many to draw; 0 draws none.
-        seed: of the drawing.
+        text_of: what a network has to say; see `lm_train.generate`.
     """
 
-    def __init__(self, tokenizer: Tokenizer, n_tokens: int, seed: int) -> None:
-        self.tokenizer, self.n_tokens, self.seed = tokenizer, n_tokens, seed
+    def __init__(self, text_of: Callable[[nn.Module], str]) -> None:
+        self.text_of = text_of
         self.text: str | None = None
 
     def on_train_end(self, trainer: StepTrainer, pl_module: L.LightningModule) -> None:
@@ -31,5 +29,4 @@ class Sample(L.Callback):
             self.draw(pl_module.net)
 
     def draw(self, net: nn.Module) -> None:
-        if self.n_tokens:
-            self.text = sample_text(net, self.tokenizer, self.n_tokens, self.seed)
+        self.text = self.text_of(net)
