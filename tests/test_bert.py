@@ -133,7 +133,7 @@ def test_first_loss_is_that_of_a_uniform_guess() -> None:
     net = BERT(SECTION, VOCAB)
     tokens = torch.randint(VOCAB, (8, 24))
     loss = net(tokens, targets=torch.randint(VOCAB, (8, 24))).item() / (8 * 24)
-    assert loss == pytest.approx(torch.tensor(float(VOCAB)).log().item(), abs=0.1)
+    assert loss == pytest.approx(torch.tensor(float(VOCAB)).log().item(), abs=0.3)
 
 
 @pytest.mark.parametrize("n_classes", [None, 5])
