@@ -20,7 +20,7 @@ from lm_train.data.table import TableDataModule
 from lm_train.errors import DataError, UsageError
 from lm_train.hardware import Machine
 from lm_train.modules import Regression
-from lm_train.plan import Plan, make_plan
+from lm_train.plan import Plan, known_facts, make_plan
 from lm_train.recipe import TableData, load
 from lm_train.runs import RunFolder, read_jsonl
 from lm_train.train import train
@@ -198,6 +198,25 @@ def test_parquet_has_the_same_rows(tmp_path: Path) -> None:
     np.testing.assert_allclose(np.sort(text.samples["train"].inputs.sum(1)).sum(), 0, atol=1e-3)
     both = [np.concatenate([d.samples[s].inputs for s in ("train", "val")]).shape for d in (text, typed)]
     assert both == [(60, 2), (60, 2)]
+
+
+def test_several_values_are_predicted_at_once(tmp_path: Path) -> None:
+    path = written(tmp_path / "t.csv", "a,u,b,v", *(f"{i},{3 * i},{-i * i},{100 - i}" for i in range(60)))
+    data = opened(tmp_path, path, "task=regression", "target=[v, u]")
+    assert (data.facts.input_shape, data.facts.n_outputs) == ((2,), 2)
+    v, u = data.samples["train"].targets.T  # type: ignore[union-attr]
+    np.testing.assert_allclose(v, -u, atol=1e-6)
+    assert u.mean() == pytest.approx(0, abs=1e-6)
+    assert u.std() == pytest.approx(1)
+    assert data.target_scale[1] == pytest.approx(3 * data.target_scale[0])
+
+
+@pytest.mark.parametrize("task", ["classification", "regression"])
+def test_the_plan_knows_the_shape_of_the_sets_that_need_no_file(tmp_path: Path, task: str) -> None:
+    data = opened(tmp_path, f"task={task}")
+    assert known_facts(load(["recipe=tabular_debug", f"data.task={task}"])) == data.facts
+    assert data.has("val")
+    assert data.has("test")
 
 
 def test_preprocessing_is_left_in_the_run_folder(tmp_path: Path) -> None:
