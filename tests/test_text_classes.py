@@ -83,6 +83,12 @@ def test_texts_come_whole_with_their_labels(two_splits: Path) -> None:
     assert np.bincount(texts.splits["val"].labels).tolist() == [13, 7], "of each class the same share"
 
 
+def test_a_part_of_an_evaluation_shows_all_classes(tmp_path: Path, cache: Path) -> None:
+    rows = sorted(rows_of(300), key=lambda row: row["label"])
+    module = module_of(write(tmp_path / "rows.jsonl", rows))
+    assert set(module.evaluation_batches("val", 0)[0]["labels"].tolist()) == {0, 1}
+
+
 def test_the_vocabulary_knows_the_training_texts_only(tmp_path: Path, cache: Path) -> None:
     rows = [{"text": "common rare", "label": "x"}, {"text": "common, common!", "label": "y"}] * 3
     rows[0] = {"text": "once common", "label": "x"}

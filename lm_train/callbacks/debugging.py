@@ -98,7 +98,7 @@ def overfit_one_batch(module: TrainingModule, batch: Batch) -> float:
     device = next(net.parameters()).device
     few = _few_samples(batch, device)
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
-    net.eval()  # dropout would keep the loss up
+    module.eval()  # dropout, or smoothed labels, would keep the loss up
     loss, first = float("inf"), float("nan")
     for step in range(OVERFIT_STEPS):
         value = module.loss(few) / few["total"]
