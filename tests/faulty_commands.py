@@ -326,7 +326,7 @@ trainer.early_stopping_patience=3 trainer.limit_val_batches=0 -> early stopping 
 trainer.activation_checkpointing=9 -> every 9th block of model.n_layer=4 is none
 model=recurrent trainer.activation_checkpointing=full -> model=recurrent has no blocks to recompute
 model=recurrent model.bidirectional=true -> a language model reads forwards
-data=text_classes model=recurrent data.cleaning=[htm] -> html
+data=text_classes model=recurrent data.cleaning=[htm] -> data.cleaning: expected a list of html, control, unicode, nfkc
 model.vocab_size=100 -> data.tokenizer=bpe:2048 has 2048 ids, model.vocab_size=100 is smaller
 optim=sgd optim.nesterov=true optim.momentum=0 -> optim.nesterov=true needs a momentum above 0; try optim.momentum=0.9
 resume=runs/none -> resume: expected auto, never, or a run or checkpoint; no such folder: 'runs/none'

@@ -126,7 +126,12 @@ def _trainer_conflicts(recipe: Recipe) -> Iterator[Conflict]:
             "early stopping needs validations on the way; set trainer.val_check_interval and no limit_val_batches=0",
         )
     every, n_layer = trainer.activation_checkpointing, getattr(model, "n_layer", None)
-    if isinstance(every, int) and n_layer is not None and every > n_layer:
+    if every != "none" and model.kind in ("recurrent", "mlp", "cnn", "resnet"):
+        yield (
+            [("trainer", "activation_checkpointing"), ("model", "kind")],
+            f"model={model.kind} has no blocks to recompute; set trainer.activation_checkpointing=none",
+        )
+    elif isinstance(every, int) and n_layer is not None and every > n_layer:
         yield (
             [("trainer", "activation_checkpointing"), ("model", "n_layer")],
             f"every {every}th block of model.n_layer={n_layer} is none; write none, full, or a number up to {n_layer}",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, Field
 
@@ -127,6 +127,14 @@ class ClassData(LabelledData):
 CleaningStep = Literal["html", "control", "unicode", "nfkc", "whitespace", "lowercase"]
 
 
+def _cleaning(value: Any) -> Any:
+    steps = get_args(CleaningStep)
+    for step in value if isinstance(value, list | tuple) else [value]:
+        if step not in steps:
+            raise ValueError(f"expected a list of {', '.join(steps)}; got {step!r:.80}")
+    return value
+
+
 class TextClassData(ClassData):
     """Labelled texts: csv, tsv, jsonl or parquet with a text and a label column, or a folder for each class."""
 
@@ -134,7 +142,11 @@ class TextClassData(ClassData):
     text_column: Text = "text"
     pair_column: Text | None = None
     """Column of a second text, for classes of pairs."""
-    cleaning: Annotated[tuple[CleaningStep, ...], Field(strict=False)] = ("control", "unicode", "whitespace")
+    cleaning: Annotated[tuple[CleaningStep, ...], BeforeValidator(_cleaning), Field(strict=False)] = (
+        "control",
+        "unicode",
+        "whitespace",
+    )
     """Steps in their order: html (tags and entities go), control (control characters go), unicode (NFC), nfkc, whitespace (runs
     become one space), lowercase."""
     missing: Literal["error", "drop", "empty"] = "error"
