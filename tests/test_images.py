@@ -8,7 +8,7 @@ import re
 import statistics
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import datasets
@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
 
-from lm_train.data import image_cache
+from lm_train.data import Batch, image_cache
 from lm_train.data.image_files import read_idx, table_rows
 from lm_train.data.image_source import ImageSource, open_images
 from lm_train.data.images import balanced_weights
@@ -472,18 +472,22 @@ def test_mnist_as_it_is(tmp_path: Path) -> None:
 
 
 def test_the_input_does_not_limit_a_step(tmp_path: Path) -> None:
-    """128 images of 28 x 28 cost the training loop under 0.2 ms of its processor's time (0.08 ms seen)."""
+    """128 images of 28 x 28 cost under 0.2 ms of a processor's time (0.08 ms seen), and the training does not wait for them."""
     write_idx_set(tmp_path, random_images(2000, 28, 28), labels_of(2000))
     plan = image_plan(micro=128, steps=300)
-    batches = iter(
-        TimedLoader(make_loader(prepared_images(tmp_path, tmp_path / "run", plan).train_batches(0), plan, 0))
-    )
-    medians = []
-    for _ in range(4):
-        seconds = []
-        for _ in range(60):
-            before = time.thread_time()
-            next(batches)
-            seconds.append(time.thread_time() - before)
-        medians.append(statistics.median(seconds))
-    assert min(medians) < 0.2e-3
+    batches = prepared_images(tmp_path, tmp_path / "run", plan).train_batches(0)
+    alone = iter(TimedLoader(make_loader(batches, plan, 0)))
+    ahead = iter(TimedLoader(make_loader(batches, plan, 0), ahead=True))
+    in_the_loop, waited = [], []
+    for _ in range(4):  # the best of four, on a machine that does other things as well
+        in_the_loop.append(statistics.median(_seconds(alone, time.thread_time) for _ in range(60)))
+        waited.append(statistics.median(_seconds(ahead, time.perf_counter, pause=0.002) for _ in range(60)))
+    assert min(in_the_loop) < 0.2e-3
+    assert min(waited) < 0.2e-3
+
+
+def _seconds(batches: Iterator[Batch], clock: Callable[[], float], pause: float = 0.0) -> float:
+    time.sleep(pause)  # the step
+    before = clock()
+    next(batches)
+    return clock() - before

@@ -8,6 +8,8 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
+from queue import Empty, SimpleQueue
 
 from torch.utils.data import DataLoader, Dataset
 
@@ -19,11 +21,21 @@ from lm_train.plan import Plan
 _IN_TRACEBACK = f"{DataError.__module__}.{DataError.__qualname__}: "
 
 
-class TimedLoader:
-    """A loader that adds up how long the training loop waited for its batches."""
+_AHEAD = 2
+"""Batches that are ready or being made while the training is at its step."""
 
-    def __init__(self, loader: DataLoader[Batch]) -> None:
-        self.loader = loader
+
+class TimedLoader:
+    """A loader that adds up how long the training loop waited for its batches.
+
+    Args:
+        loader: of micro batches.
+        ahead: make the next batches in a thread beside the training loop; a small network's step takes little longer than
+            making its batch.
+    """
+
+    def __init__(self, loader: DataLoader[Batch], ahead: bool = False) -> None:
+        self.loader, self.ahead = loader, ahead
         self.wait_seconds = 0.0
 
     def __len__(self) -> int:
@@ -31,7 +43,9 @@ class TimedLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         with signals.blocked():  # the workers stay so; see _leave_signals_to_the_rank
-            batches = iter(self.loader)
+            batches: Iterator[Batch] = iter(self.loader)
+        if self.ahead:
+            batches = made_ahead(batches)
         while True:
             before = time.perf_counter()
             try:
@@ -42,6 +56,41 @@ class TimedLoader:
             if batch is None:
                 return
             yield batch
+
+
+def made_ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """The same batches, made by a thread that stays a little ahead; what it raises is raised at the place of its batch."""
+    room: SimpleQueue[bool] = SimpleQueue()  # a permission for each batch to be made; False: no more
+    made: SimpleQueue[Batch | BaseException | None] = SimpleQueue()
+
+    def make() -> None:
+        while room.get():
+            try:
+                batch = next(batches, None)
+            except BaseException as error:
+                made.put(error)
+                return
+            made.put(batch)
+            if batch is None:
+                return
+
+    thread = threading.Thread(target=make, name="batches", daemon=True)
+    with signals.blocked():  # they are for the main thread, which may be waiting
+        thread.start()
+    try:
+        for _ in range(_AHEAD):
+            room.put(True)
+        while (batch := made.get()) is not None:
+            if isinstance(batch, BaseException):
+                raise batch
+            room.put(True)
+            yield batch
+    finally:
+        with suppress(Empty):
+            while True:
+                room.get_nowait()
+        room.put(False)
+        thread.join()
 
 
 def make_loader(batches: Dataset[Batch], plan: Plan, num_workers: int, may_wait: bool = False) -> DataLoader[Batch]:

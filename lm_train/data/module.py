@@ -78,7 +78,10 @@ class DataModule(L.LightningDataModule, ABC):
 
     def train_dataloader(self) -> TimedLoader:
         batches = self.train_batches(self._rank())
-        self.train_loader = TimedLoader(make_loader(batches, self.plan, self.plan.num_workers, self.may_wait))
+        workers = self.plan.num_workers
+        # not where batches are copied for a GPU: a thread starts out on the first one, whichever the rank's is
+        ahead = workers == 0 and not self.may_wait and self.plan.accelerator == "cpu"
+        self.train_loader = TimedLoader(make_loader(batches, self.plan, workers, self.may_wait), ahead)
         return self.train_loader
 
     def val_dataloader(self) -> DataLoader[Batch] | list[Any]:
