@@ -8,6 +8,7 @@ import lightning.pytorch as L
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from lm_train.plan import DataFacts
 
@@ -136,3 +137,64 @@ def no_loss(facts: DataFacts) -> L.LightningModule:
             return None
 
     return NoLoss(facts.vocab_size)  # type: ignore[arg-type]
+
+
+class Points(L.LightningDataModule):
+    """Two clouds of points; batches as dictionaries, or as pairs."""
+
+    facts = {"input_shape": (3,), "n_outputs": 2}  # noqa: RUF012
+
+    def __init__(self, n: int = 50, pairs: bool = False) -> None:
+        super().__init__()
+        self.n, self.pairs = n, pairs
+
+    def setup(self, stage: str) -> None:
+        draw = torch.Generator().manual_seed(5)
+        labels = torch.arange(self.n) % 2
+        points = torch.randn(self.n, 3, generator=draw) + 2 * labels[:, None]
+        self.samples = [
+            (points[i], labels[i]) if self.pairs else {"inputs": points[i], "labels": labels[i]} for i in range(self.n)
+        ]
+
+    def train_dataloader(self) -> Any:
+        return DataLoader(self.samples, batch_size=4, shuffle=True)  # type: ignore[arg-type]
+
+    def val_dataloader(self) -> Any:
+        return DataLoader(self.samples[:21], batch_size=4)  # type: ignore[arg-type]
+
+
+def points(n: int = 50, pairs: bool = False) -> L.LightningDataModule:
+    return Points(n, pairs)
+
+
+def broken_points() -> L.LightningDataModule:
+    class Broken(Points):
+        def setup(self, stage: str) -> None:
+            raise OSError("no such thing")
+
+    return Broken()
+
+
+def point_classifier(facts: DataFacts) -> nn.Module:
+    return nn.Linear(3, facts.n_outputs)  # type: ignore[arg-type]
+
+
+class PairModule(L.LightningModule):
+    """Takes batches as pairs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return F.cross_entropy(self.layer(batch[0]), batch[1])
+
+    def validation_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.training_step(batch, batch_idx)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def pair_module() -> L.LightningModule:
+    return PairModule()

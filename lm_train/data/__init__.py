@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lm_train.data.batches import IGNORED, Batch
+from lm_train.data.custom import CustomDataModule
 from lm_train.data.images import ImageDataModule
 from lm_train.data.masking import MaskedTextDataModule
 from lm_train.data.module import DataModule
@@ -37,6 +38,8 @@ def build(section: AnyData, plan: Plan, seed: int, folder: RunFolder) -> DataMod
             return TextClassDataModule(section, plan, seed, folder)
         case "pairs":
             return PairDataModule(section, plan, seed, folder)
+        case "custom":
+            return CustomDataModule(section, plan, seed, folder)
     raise AssertionError(section.kind)
 
 

@@ -26,13 +26,12 @@ from torchmetrics import Metric
 
 from lm_train.data import IGNORED, Batch
 from lm_train.data.batches import Split
+from lm_train.data.custom import OWN
 from lm_train.errors import UsageError
 from lm_train.modules.base import TrainingModule
 from lm_train.plan import Plan
 from lm_train.recipe import AnyOptim
 
-OWN = "own"
-"""Key of a batch that is no dictionary."""
 _FORWARDED = (
     "on_fit_start", "on_fit_end", "on_train_start", "on_train_end", "on_train_epoch_start", "on_train_epoch_end",
     "on_validation_start", "on_validation_end", "on_test_start", "on_test_end", "on_before_zero_grad",

@@ -1,0 +1,303 @@
+"""The user's LightningDataModule: its own loaders, of which each rank takes its share.
+
+* All ranks make the same loaders. Of the batches of a training epoch, in the loader's order, each rank takes every W-th one; a
+  short batch and what does not make a full round of the ranks is left out. Of an evaluation every batch is counted once.
+  A sampler of one's own that divides the samples among ranks would divide them twice, and is refused.
+* The loader's batch size is that of one process: `data.micro_batch_size` must say the same.
+* Shuffling is seeded by (seed, epoch), so that a resumed run goes on at its place in the same order. What a data set draws by
+  itself, such as augmentation, is drawn anew then: an exact resume, bit by bit, is not promised. A stream is read again up to that place.
+* A batch that is a dictionary of tensors goes to networks of lm_train as it is (`inputs` or `tokens`, `lengths`, `labels` or
+  `targets`); any other batch is for a LightningModule, whose steps get it as it came.
+* What the data say for the network stands in the module's attribute `facts`, a dictionary with the names of
+  `lm_train.plan.DataFacts`; names of classes in `class_names`; what tells one data set from another in `fingerprint`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import lightning.pytorch as L
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
+
+from lm_train import plugins
+from lm_train.data.batches import Batch, Split
+from lm_train.data.loading import TimedLoader
+from lm_train.data.module import DataModule
+from lm_train.data.order import key_of
+from lm_train.errors import DataError, UsageError
+from lm_train.plan import DataFacts, Plan
+from lm_train.recipe import AnyModel, CustomData
+from lm_train.runs import RunFolder
+
+OWN = "own"
+"""Key under which a batch stands that is no dictionary of tensors."""
+_LOADERS: dict[Split, str] = {"train": "train_dataloader", "val": "val_dataloader", "test": "test_dataloader"}
+
+
+class CustomDataModule(DataModule):
+    """Serves the batches of a LightningDataModule that the section's factory makes."""
+
+    def __init__(self, section: CustomData, plan: Plan, seed: int, folder: RunFolder) -> None:
+        super().__init__(plan, seed)
+        self.section, self.folder = section, folder
+
+    def prepare(self, model: AnyModel) -> None:
+        factory = self.section.factory
+        self.inner = plugins.make("data.factory", factory, self.section.args, {"seed": self.seed})
+        if not isinstance(self.inner, L.LightningDataModule):
+            raise UsageError(
+                f"data.factory: {factory} returned a {type(self.inner).__name__}; expected a LightningDataModule"
+            )
+        self.label = f"{factory}"
+        with _one_process_at_a_time(self.folder):
+            self._call("prepare_data")
+        self._call("setup", "fit")
+        if self.has("test"):
+            self._call("setup", "test")
+        self.loader = self._loader("train")
+        self.facts = self._facts()
+        classes = range(self.facts.n_outputs or 0)
+        self.class_names = tuple(getattr(self.inner, "class_names", None) or map(str, classes))
+        self.target_scale = (1.0,) * (self.facts.n_outputs or 0)
+        told = [factory, self.section.args, _length(self.loader), str(getattr(self.inner, "fingerprint", ""))]
+        self.fingerprint = hashlib.blake2b(json.dumps(told).encode(), digest_size=16).hexdigest()
+        self._rounds: int | None = None
+        if not _is_stream(self.loader):
+            self._rounds = len(self._indices(0)) // self.plan.world_size
+            if self._rounds == 0:
+                raise DataError(
+                    f"{factory}: {_length(self.loader)} training samples make no full batch of {self.plan.micro_batch_size} "
+                    f"for each of {self.plan.world_size} ranks"
+                )
+
+    def _facts(self) -> DataFacts:
+        given = getattr(self.inner, "facts", None) or {}
+        if isinstance(given, DataFacts):
+            return given
+        try:
+            known: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in given.items()}
+            return DataFacts(**known)
+        except (TypeError, AttributeError) as error:
+            raise UsageError(f"data.factory: facts of {self.label}: {error}; see lm_train.plan.DataFacts") from error
+
+    def _call(self, method: str, *args: Any) -> Any:
+        try:
+            return getattr(self.inner, method)(*args)
+        except Exception as error:
+            raise DataError(f"{self.section.factory}: {method} failed with {plugins.told(error)}") from error
+
+    def _loader(self, split: Split) -> DataLoader[Any]:
+        loader = self._call(_LOADERS[split])
+        if not isinstance(loader, DataLoader):
+            raise UsageError(
+                f"data.factory: {_LOADERS[split]} of {self.section.factory} gave a {type(loader).__name__}; expected one "
+                "DataLoader"
+            )
+        sampler = getattr(loader.batch_sampler, "sampler", loader.sampler)
+        if isinstance(sampler, DistributedSampler):
+            raise UsageError(
+                f"data.factory: {self.section.factory} divides the samples among ranks by itself; leave its DistributedSampler "
+                "out, each rank gets its share of the batches"
+            )
+        size, micro = loader.batch_size, self.plan.micro_batch_size
+        if split == "train" and size is not None and size != micro:
+            raise UsageError(
+                f"data.micro_batch_size: {micro}, but {self.section.factory} makes batches of {size}; give "
+                f"data.micro_batch_size={size} and data.global_batch_size={size * self.plan.world_size} or a multiple"
+            )
+        return loader
+
+    def has(self, split: Split) -> bool:
+        name = _LOADERS[split]
+        return getattr(type(self.inner), name) is not getattr(L.LightningDataModule, name)
+
+    def epoch(self, step: int) -> float:
+        return 0.0 if not self._rounds else step * self.plan.accumulate_grad_batches / self._rounds
+
+    def size_in_words(self) -> str:
+        length = _length(self.loader)
+        return "a stream" if length is None else f"{length:,} training samples"
+
+    def train_batches(self, rank: int) -> Dataset[Batch]:
+        raise AssertionError("the loaders are the user's")
+
+    def evaluation_batches(self, split: Split, rank: int) -> Dataset[Batch]:
+        raise AssertionError("the loaders are the user's")
+
+    def train_dataloader(self) -> TimedLoader:
+        self.inner.trainer = self.trainer
+        rank = self._rank()
+        if self.start_step and rank == 0:
+            print(
+                f"{self.label}: goes on at its place in the order; what the data set draws by itself is drawn anew",
+                file=sys.stderr,
+            )
+        self.train_loader = TimedLoader(_Training(self, rank))  # type: ignore[arg-type]
+        return self.train_loader
+
+    def _evaluation(self, split: Split) -> Any:
+        self.inner.trainer = self.trainer
+        return _Evaluation(self._loader(split), self._rank(), self.plan.world_size) if self.has(split) else []
+
+    def _indices(self, epoch: int) -> list[list[int]]:
+        """The samples of each full batch of an epoch, the same on every rank."""
+        with self.seeded(epoch):
+            batches = [list(batch) for batch in self.loader.batch_sampler or ()]
+        return [batch for batch in batches if len(batch) == self.plan.micro_batch_size]
+
+    @contextlib.contextmanager
+    def seeded(self, epoch: int) -> Iterator[None]:
+        """Shuffling draws what (seed, epoch) says; the process' generator is left as it was."""
+        key = key_of(self.seed, epoch) % 2**63
+        sampler = getattr(self.loader.batch_sampler, "sampler", self.loader.sampler)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(key)
+            for generator in (self.loader.generator, getattr(sampler, "generator", None)):
+                if generator is not None:
+                    generator.manual_seed(key)
+            if hasattr(sampler, "set_epoch"):
+                sampler.set_epoch(epoch)
+            yield
+
+
+class _Training:
+    """One rank's micro batches from the start step to the last step, epoch after epoch."""
+
+    def __init__(self, data: CustomDataModule, rank: int) -> None:
+        self.data, self.rank = data, rank
+
+    def __len__(self) -> int:
+        plan = self.data.plan
+        return (plan.max_steps - self.data.start_step) * plan.accumulate_grad_batches
+
+    def __iter__(self) -> Iterator[Batch]:
+        plan, left = self.data.plan, len(self)
+        done = self.data.start_step * plan.accumulate_grad_batches
+        total = float(plan.global_batch_size)
+        for batch in self._streamed(done) if _is_stream(self.data.loader) else self._chosen(done):
+            yield {**_as_dict(batch), "total": total}
+            left -= 1
+            if left == 0:
+                return
+
+    def _chosen(self, done: int) -> Iterator[Any]:
+        data, world = self.data, self.data.plan.world_size
+        assert data._rounds
+        epoch, first = divmod(done, data._rounds)
+        while True:
+            mine = data._indices(epoch)[self.rank :: world][: data._rounds]
+            yield from _with_samples(data.loader, mine[first:])
+            epoch, first = epoch + 1, 0
+
+    def _streamed(self, done: int) -> Iterator[Any]:
+        data, world, epoch = self.data, self.data.plan.world_size, 0
+        while True:
+            rounds = 0
+            waiting: list[Any] = []
+            with data.seeded(epoch):
+                batches = iter(data.loader)
+            for batch in batches:
+                if _rows(batch) != data.plan.micro_batch_size:
+                    continue
+                waiting.append(batch if len(waiting) == self.rank else None)
+                if len(waiting) == world:
+                    rounds += 1
+                    done -= 1
+                    if done < 0:
+                        yield waiting[self.rank]
+                    waiting = []
+            if rounds == 0:
+                raise DataError(
+                    f"{data.label}: the stream ended without a batch of {data.plan.micro_batch_size} for each rank"
+                )
+            epoch += 1
+
+
+class _Evaluation:
+    """One rank's micro batches, as many as any other's; those that only fill up are marked as not valid."""
+
+    def __init__(self, loader: DataLoader[Any], rank: int, world: int) -> None:
+        self.loader, self.rank, self.world = loader, rank, world
+
+    def __len__(self) -> int:
+        if _is_stream(self.loader):
+            raise TypeError("a stream has no length")
+        return -(-len(self.loader) // self.world)
+
+    def __iter__(self) -> Iterator[Batch]:
+        if _is_stream(self.loader):
+            yield from self._streamed()
+            return
+        everything = [list(batch) for batch in self.loader.batch_sampler or ()]
+        mine = everything[self.rank :: self.world]
+        missing = len(self) - len(mine)
+        for number, batch in enumerate(_with_samples(self.loader, mine + everything[:1] * missing)):
+            yield _marked(batch, counts=number < len(mine))
+
+    def _streamed(self) -> Iterator[Batch]:
+        group: list[Any] = []
+        for batch in self.loader:
+            group.append(batch)
+            if len(group) == self.world:
+                yield _marked(group[self.rank], counts=True)
+                group = []
+        if group:
+            yield _marked(group[min(self.rank, len(group) - 1)], counts=self.rank < len(group))
+
+
+def _with_samples(loader: DataLoader[Any], batches: list[list[int]]) -> DataLoader[Any]:
+    """The user's loader over other batches of the same data set."""
+    workers: dict[str, Any] = {"multiprocessing_context": loader.multiprocessing_context} if loader.num_workers else {}
+    return DataLoader(
+        loader.dataset,
+        batch_sampler=batches,
+        num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn,
+        pin_memory=loader.pin_memory,
+        timeout=loader.timeout,
+        worker_init_fn=loader.worker_init_fn,
+        prefetch_factor=loader.prefetch_factor,
+        **workers,
+    )
+
+
+def _is_stream(loader: DataLoader[Any]) -> bool:
+    """Whether its batches can only be read one after another."""
+    return isinstance(loader.dataset, IterableDataset) or loader.batch_sampler is None
+
+
+def _length(loader: DataLoader[Any]) -> int | None:
+    return None if _is_stream(loader) else len(loader.dataset)  # type: ignore[arg-type]
+
+
+def _as_dict(batch: Any) -> Batch:
+    tensors = isinstance(batch, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in batch.items())
+    return batch if tensors else {OWN: batch}
+
+
+def _rows(batch: Any) -> int:
+    """Samples of a batch: the length of the first tensor in it."""
+    if isinstance(batch, Tensor):
+        return batch.shape[0] if batch.dim() else 1
+    parts = batch.values() if isinstance(batch, dict) else batch if isinstance(batch, list | tuple) else ()
+    return next((_rows(part) for part in parts if isinstance(part, Tensor | dict | list | tuple)), 0)
+
+
+def _marked(batch: Any, counts: bool) -> Batch:
+    return {**_as_dict(batch), "valid": torch.full((_rows(batch),), counts)}
+
+
+@contextlib.contextmanager
+def _one_process_at_a_time(folder: RunFolder) -> Iterator[None]:
+    """prepare_data may download: the ranks of a run call it one after another, and the later ones find it done."""
+    with (folder.root / ".prepare_data").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,100 @@
+"""A LightningDataModule of the user's own: each rank takes its share of its batches, in an order that a resume keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from lm_train import runs
+from lm_train.errors import DataError, ExitCode, UsageError
+from lm_train.hardware import Machine
+from lm_train.plan import make_plan
+from lm_train.recipe import load
+from lm_train.runs import RunFolder, read_jsonl
+from lm_train.train import train
+from tests.conftest import Ranks
+from tests.test_strategies import LOSS_BOUND, NORM_BOUND, curve, difference
+
+NETS = {
+    "plain": ("point_classifier", "{}"),
+    "pairs": ("pair_module", "{pairs: true}"),
+}
+
+
+@pytest.fixture(autouse=True)
+def allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LM_TRAIN_PLUGINS", "tests")
+
+
+@pytest.fixture
+def points_run(tmp_path: Path) -> Callable[..., RunFolder]:
+    def make(model: str, *words: str, name: str = "run", factory: str = "points", args: str = "{}") -> RunFolder:
+        given = {
+            "recipe": "gpt_debug",
+            "model": model if "{" in model else f'{{kind: custom, factory: "tests.custom_parts:{model}"}}',
+            "data": f'{{kind: custom, factory: "tests.custom_parts:{factory}", args: {args}, global_batch_size: 8, '
+            "micro_batch_size: 4, task: classification}",
+            "optim": "{kind: sgd, learning_rate: 0.1, schedule: constant}",
+            "trainer.max_steps": "15", "trainer.log_every_n_steps": "1", "trainer.val_check_interval": "null",
+            "trainer.limit_val_batches": "null", "tracking.wandb": "disabled", "name": name, "runs_dir": str(tmp_path),
+        }  # fmt: skip
+        given |= dict(word.split("=", 1) for word in words)
+        recipe = load([f"{key}={value}" for key, value in given.items()])
+        return runs.create(recipe, make_plan(recipe, Machine(cpu_cores=2, gpus=())))
+
+    return make
+
+
+@pytest.mark.parametrize("net", NETS)
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
+def test_two_processes_compute_what_one_computes(
+    ranks: Ranks, points_run: Callable[..., RunFolder], net: str, strategy: str
+) -> None:
+    model, args = NETS[net]
+    one = points_run(model, args=args, name="alone")
+    both = points_run(model, "trainer.devices=2", f"trainer.strategy={strategy}", args=args, name="both")
+    assert train(one) == ExitCode.DONE
+    ranks(strategy).run("run", folder=str(both.root))
+    largest = difference(curve(one), curve(both))
+    assert largest.loss <= LOSS_BOUND
+    assert largest.norm <= NORM_BOUND
+    (a,), (b,) = ([row for row in read_jsonl(f.metrics) if "val/loss" in row] for f in (one, both))
+    assert b["val/loss"] == pytest.approx(a["val/loss"], rel=1e-5)
+    assert a["val/loss"] < 0.5
+
+
+def test_a_resumed_run_goes_on_at_its_place_in_the_order(points_run: Callable[..., RunFolder]) -> None:
+    whole = points_run("point_classifier", name="whole")
+    half = points_run("point_classifier", "trainer.max_steps=8", name="half")
+    rest = points_run("point_classifier", name="rest")
+    train(whole)
+    train(half)
+    train(rest, half.checkpoints / "step-8")
+    assert curve(half) + curve(rest) == curve(whole)
+
+
+def test_a_network_of_ours_learns_from_it(points_run: Callable[..., RunFolder]) -> None:
+    run = points_run("{kind: mlp, widths: [8]}")
+    assert train(run) == ExitCode.DONE
+    assert [row for row in read_jsonl(run.metrics) if "val/accuracy" in row][-1]["val/accuracy"] > 0.8
+
+
+@pytest.mark.parametrize(
+    ("words", "options", "kind", "said"),
+    [
+        (["data.micro_batch_size=8"], {}, UsageError, "data.micro_batch_size=4"),
+        ([], {"factory": "broken_points"}, DataError, "setup failed with OSError: no such thing"),
+        ([], {"factory": "point_classifier"}, UsageError, "data.args"),
+        ([], {"factory": "nothing"}, UsageError, "expected a LightningDataModule"),
+        ([], {"args": "{n: 3}"}, DataError, "no full batch of 4"),
+    ],
+)
+def test_what_cannot_be_used_is_one_line(
+    points_run: Callable[..., RunFolder], words: list[str], options: dict[str, str], kind: type[Exception], said: str
+) -> None:
+    with pytest.raises(kind) as raised:
+        train(points_run("point_classifier", *words, **options))
+    assert said in str(raised.value)
+    assert "\n" not in str(raised.value)
