@@ -5,7 +5,8 @@
   A sampler of one's own that divides the samples among ranks would divide them twice, and is refused.
 * The loader's batch size is that of one process: `data.micro_batch_size` must say the same.
 * Shuffling is seeded by (seed, epoch), so that a resumed run goes on at its place in the same order. What a data set draws by
-  itself, such as augmentation, is drawn anew then: an exact resume, bit by bit, is not promised. A stream is read again up to that place.
+  itself, such as augmentation, is drawn anew then: an exact resume, bit by bit, is not promised.
+    A stream is read again up to that place.
 * A batch that is a dictionary of tensors goes to networks of lm_train as it is (`inputs` or `tokens`, `lengths`, `labels` or
   `targets`); any other batch is for a LightningModule, whose steps get it as it came.
 * What the data say for the network stands in the module's attribute `facts`, a dictionary with the names of
