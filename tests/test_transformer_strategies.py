@@ -31,7 +31,8 @@ CLASSES = (
 PAIRS = (
     "model={kind: seq2seq, n_layer: 2, n_head: 2, n_embd: 32, block_size: 24, dropout: 0.0}",
     *SHARED,
-    "optim={kind: sgd, learning_rate: 0.1}",
+    # a value that rounding moves across ReLU's kink changes a gradient by 1e-5, whatever the number of processes
+    "optim={kind: sgd, learning_rate: 0.01}",
     "data={kind: pairs, tokenizer: chars}",
 )
 TASKS = {"masked_lm": MASKED, "classification": CLASSES, "seq2seq": PAIRS}
