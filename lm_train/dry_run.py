@@ -14,7 +14,7 @@ from lm_train.folds import fold_name, number_of_folds
 from lm_train.hardware import this_machine
 from lm_train.modules import parameter_table
 from lm_train.plan import DataFacts, Plan, checkpoint_bytes, known_facts, make_plan, size_of
-from lm_train.recipe import Recipe
+from lm_train.recipe import LabelledData, Recipe
 from lm_train.runs import DEBUG_SUFFIX, run_name
 from lm_train.slurm import current_allocation
 
@@ -53,10 +53,18 @@ def dry_run(recipe: Recipe) -> int:
     shapes = [(name, tuple(p.shape)) for name, p in net.named_parameters()]
     saved = checkpoint_bytes(shapes, plan.strategy, plan.precision, recipe.optim)
     print(
-        f"would write\n  {run}/recipe.yaml, plan.json, metrics.jsonl, tokenizer.json\n"
+        f"would write\n  {run}/{', '.join(_files(recipe, plan))}\n"
         f"  {run}/checkpoints/step-N {when}, about {size_of(saved)} each"
     )
     return ExitCode.DONE
+
+
+def _files(recipe: Recipe, plan: Plan) -> list[str]:
+    """What comes into the run folder beside the checkpoints, for this kind of data and task."""
+    files = ["recipe.yaml", "plan.json", "metrics.jsonl"]
+    files += ["tokenizer.json"] if "tokenizer" in type(recipe.data).model_fields else []
+    files += ["preprocessing.json"] if isinstance(recipe.data, LabelledData) else []
+    return files + (["evaluation/"] if plan.task == "classification" else [])
 
 
 def with_assumptions(plan: Plan, facts: DataFacts) -> tuple[DataFacts, str]:

@@ -101,6 +101,12 @@ SYNONYMS = {
     "rms_norm_eps": "model.norm_eps",
     "tied": "model.tie_embeddings",
     "tie_word_embeddings": "model.tie_embeddings",
+    "hidden_sizes": "model.widths",
+    "hidden_layers": "model.widths",
+    "filters": "model.channels",
+    "k_folds": "data.folds",
+    "n_splits": "data.folds",
+    "max_len": "data.max_length",
     "save_interval": "checkpoint.every_n_steps",
     "save_steps": "checkpoint.every_n_steps",
     "every": "checkpoint.every_n_steps",
@@ -253,9 +259,9 @@ def _suggest_leaf(leaf: str, section: str | None, raw: Mapping[str, Any]) -> str
         return prefix + plain
     if section and in_another_kind((section, plain), raw):
         return _with_its_kind(f"{section}.{plain}", raw)
-    if plain in SYNONYMS:
-        return _with_its_kind(SYNONYMS[plain], raw)
     near = nearest(leaf, own, cutoff=0.75)
+    if plain in SYNONYMS and not (near and in_another_kind((*SYNONYMS[plain].split("."),), raw)):
+        return _with_its_kind(SYNONYMS[plain], raw)
     if near:
         return prefix + near
     if section is None and plain in SECTION_SYNONYMS:
