@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from queue import Empty, SimpleQueue
 
+import torch
 from torch.utils.data import DataLoader, Dataset
 
 from lm_train import signals
@@ -19,8 +20,6 @@ from lm_train.errors import DataError
 from lm_train.plan import Plan
 
 _IN_TRACEBACK = f"{DataError.__module__}.{DataError.__qualname__}: "
-
-
 _AHEAD = 2
 """Batches that are ready or being made while the training is at its step."""
 
@@ -64,6 +63,7 @@ def made_ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
     made: SimpleQueue[Batch | BaseException | None] = SimpleQueue()
 
     def make() -> None:
+        torch.set_num_threads(1)  # of this thread: the step beside it has the cores
         while room.get():
             try:
                 batch = next(batches, None)
