@@ -20,7 +20,8 @@ usage: lm-train VERB [key=value ...]
   doctor    check this machine, each problem with its fix
 
 Words: recipe=NAME|PATH  section.key=value  section=KIND  section={key: value}  name=RUN  runs_dir=DIR  seed=N
-       resume=auto|never|PATH  debug=true  dry_run=true
+       resume=auto|never|PATH  debug=true  dry_run=true  plugins=PACKAGE (whose code may run)
+       data.folds=K (cross-validation: K runs and their mean; data.fold=I one of them)
 Sections: model data optim trainer checkpoint tracking; `lm-train show recipe=NAME` prints every key with its value.
 
 Exit codes: 0 done; 2 wrong command; 65 bad checkpoint; 66 bad data; 70 our bug; 73 cannot write; 75 stopped early,

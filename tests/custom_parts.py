@@ -198,3 +198,31 @@ class PairModule(L.LightningModule):
 
 def pair_module() -> L.LightningModule:
     return PairModule()
+
+
+def half_frozen(facts: DataFacts, shift: float = 0.0) -> nn.Module:
+    """A backbone that is not trained, of odd sizes, and a head that is."""
+    net = Plain(facts.vocab_size, 31)  # type: ignore[arg-type]
+    net.embedding.requires_grad_(False)
+    net.blocks[0].requires_grad_(False)
+    for parameter in (net.embedding.weight, *net.blocks[0].parameters()):
+        parameter.data += shift
+    return net
+
+
+def unused_parameter(facts: DataFacts) -> nn.Module:
+    net = build(facts)
+    net.spare = nn.Linear(3, 5)
+    return net
+
+
+class Asking(Own):
+    """Asks its trainer in the middle of a step, as many do."""
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        assert self.trainer.max_steps > 0
+        return super().training_step(batch, batch_idx)
+
+
+def asks_its_trainer(facts: DataFacts) -> L.LightningModule:
+    return Asking(facts.vocab_size)  # type: ignore[arg-type]

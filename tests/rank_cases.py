@@ -25,7 +25,7 @@ from lm_train import models, plugins, signals
 from lm_train.callbacks import Sample
 from lm_train.data.batches import EvaluationBatches, Samples
 from lm_train.data.text import TrainBatches
-from lm_train.errors import ExitCode
+from lm_train.errors import ExitCode, LMTrainError
 from lm_train.hardware import Machine
 from lm_train.models.batch_norm import BatchNorm2d
 from lm_train.modules import CausalLanguageModel, Classification
@@ -63,6 +63,16 @@ def run(
     code = train(RunFolder(folder), Path(resume_from) if resume_from else None, [*callbacks, sampled])
     signals.forget()
     return {"code": int(code), "sample": sampled.text}
+
+
+def refusal(folder: str) -> str:
+    """What a run that cannot go on says."""
+    signals.forget()
+    try:
+        train(RunFolder(folder))
+    except LMTrainError as error:
+        return str(error)
+    return ""
 
 
 def _poison(module: L.LightningModule) -> L.LightningModule:

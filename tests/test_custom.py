@@ -65,6 +65,12 @@ def test_a_factory_that_ignores_the_seed_still_gives_all_ranks_one_model(ranks: 
     assert row["train/loss"] == pytest.approx(5.55, abs=0.05)
 
 
+@pytest.mark.slow
+def test_debug_learns_one_batch_by_heart(new_run: NewRun, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train(new_run(model_word("build"), "trainer.max_steps=2", "debug=true")) == ExitCode.DONE
+    assert "steps, as it should" in capsys.readouterr().err
+
+
 def test_an_image_classifier_by_position(new_run: NewRun) -> None:
     recipe = load(["recipe=gpt_debug", "data=images", model_word("image_classifier")])
     plan = make_plan(recipe, Machine(cpu_cores=2, gpus=()))
@@ -225,7 +231,7 @@ def example_words(tmp_path: Path, text_file: Path, strategy: str) -> tuple[str, 
     return (*place, f"trainer.strategy={strategy}", "trainer.log_every_n_steps=1", "checkpoint.every_n_steps=10")
 
 
-@pytest.mark.parametrize("strategy", ["fsdp", "ddp"])
+@pytest.mark.parametrize("strategy", [pytest.param("fsdp", marks=pytest.mark.slow), "ddp"])
 def test_the_example_by_its_own_command_killed_and_gone_on_with(tmp_path: Path, text_file: Path, strategy: str) -> None:
     words = example_words(tmp_path, text_file, strategy)
     run, steps = RunFolder(tmp_path / "own"), 40

@@ -119,6 +119,15 @@ def test_what_our_loop_has_no_place_for_is_one_line(new_run: NewRun, function: s
     assert "\n" not in str(raised.value)
 
 
+def test_debug_says_that_its_loss_has_no_known_scale(new_run: NewRun, capsys: pytest.CaptureFixture[str]) -> None:
+    run = new_run(model_word("asks_its_trainer"), "trainer.max_steps=12", "debug=true")
+    assert train(run) == ExitCode.DONE
+    told = capsys.readouterr().err
+    assert "overfit one batch: left out, since the loss of Asking is its own" in told
+    assert "shapes of the first batch" in told
+    assert "slowest operations" in told
+
+
 def test_the_module_is_trained_by_the_task_module_of_lightning(new_run: NewRun) -> None:
     run = new_run(model_word("lightning"))
     recipe, plan = load([f"recipe={run.recipe}"]), Plan.read(run.plan)

@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 from lm_train.data import IGNORED, Batch
 from lm_train.errors import LMTrainError
 from lm_train.loop import StepTrainer
-from lm_train.modules import TrainingModule
+from lm_train.modules import CustomTraining, TrainingModule
 
 PROFILED_STEPS = range(5, 10)
 OVERFIT_STEPS = 400
@@ -81,7 +81,7 @@ class DebugChecks(L.Callback):
                 self._hooks.append(module.register_forward_hook(hook(name or type(net).__name__)))
 
 
-def overfit_one_batch(module: TrainingModule, batch: Batch) -> float:
+def overfit_one_batch(module: TrainingModule, batch: Batch) -> float | None:
     """Trains a fresh network on a few samples until it knows them by heart.
 
     Args:
@@ -89,11 +89,17 @@ def overfit_one_batch(module: TrainingModule, batch: Batch) -> float:
         batch: of a training.
 
     Returns:
-        The last loss, in the task's unit for each target (nats a token, or a class).
+        The last loss, in the task's unit for each target (nats a token, or a class); None, and a line that says so, for a
+        LightningModule of the user's own: nobody knows how small its loss can become, or what it needs of a Trainer.
 
     Raises:
         LMTrainError: if the loss does not come near zero: model, loss, gradient or optimizer is wrong.
     """
+    if isinstance(module, CustomTraining):
+        _say(
+            f"overfit one batch: left out, since the loss of {type(module.net).__name__} is its own and has no known scale"
+        )
+        return None
     net = module.net
     device = next(net.parameters()).device
     few = _few_samples(batch, device)

@@ -139,7 +139,8 @@ class Sharded(Replicated):
 
 
 class _Zero(Views):
-    """What both forms of DeepSpeed's optimizer share. A parameter lies in a flat fp32 tensor with others of its group."""
+    """What both forms of DeepSpeed's optimizer share. A parameter lies in a flat fp32 tensor with others of its group; a
+    frozen one lies in none, and has the type that the network computes in."""
 
     def __init__(self, net: nn.Module, engine_optimizer: Any, rank: int, world: int) -> None:
         super().__init__(net, engine_optimizer.optimizer, rank, world)
@@ -150,7 +151,15 @@ class _Zero(Views):
     def _places(self) -> Iterator[tuple[nn.Parameter, Tensor, int, int, int]]:
         """Parameter, its flat fp32 tensor, offset and length there, and start in the flattened parameter."""
 
+    @abstractmethod
+    def _frozen(self) -> Iterator[View]:
+        """What this rank holds of the parameters that are not trained."""
+
     def to_load(self) -> Iterator[View]:
+        yield from self._trained()
+        yield from self._frozen()
+
+    def _trained(self) -> Iterator[View]:
         assert self.optimizer is not None
         for parameter, flat, offset, length, start in self._places():
             tensors = {PARAM: flat.detach()} | _elementwise(self.optimizer.state.get(flat, {}), flat)
@@ -180,6 +189,21 @@ class ZeroOneTwo(_Zero):
                     place = here.hp_fragment_address
                     yield parameter, flat, place.start, place.numel, here.lp_fragment_address.start
 
+    def _frozen(self) -> Iterator[View]:
+        """Every rank holds them whole."""
+        trained = {id(parameter) for group in self.zero.bit16_groups for parameter in group}
+        for name, parameter in self.net.named_parameters():
+            if id(parameter) not in trained:
+                yield View(name, PARAM, 0, parameter.detach().view(-1), tuple(parameter.shape))
+
+    def to_save(self) -> Iterator[View]:
+        frozen = {view.name for view in self._frozen()}
+        for view in super().to_save():
+            if view.name in frozen:
+                yield View(view.name, view.key, *slice_of(view.flat, self.rank, self.world), view.shape)
+            else:
+                yield view
+
     def loaded(self) -> None:
         self.zero.update_lp_params()
 
@@ -189,11 +213,25 @@ class ZeroThree(_Zero):
 
     def _places(self) -> Iterator[tuple[nn.Parameter, Tensor, int, int, int]]:
         for parameter in self.net.parameters():
+            if self._is_frozen(parameter):
+                continue
             group, offset, part = self.zero.grad_position[self.zero.get_param_id(parameter)]
             start = self.rank * part
             length = min(part, parameter.ds_numel - start)  # type: ignore[attr-defined]
             if length > 0:
                 yield parameter, self.zero.fp32_partitioned_groups_flat[group], offset, length, start
+
+    def _is_frozen(self, parameter: nn.Parameter) -> bool:
+        return self.zero.get_param_id(parameter) not in self.zero.grad_position
+
+    def _frozen(self) -> Iterator[View]:
+        for name, parameter in self.net.named_parameters():
+            if self._is_frozen(parameter):
+                part: Tensor = parameter.ds_tensor  # type: ignore[attr-defined]
+                start = self.rank * part.numel()
+                length = min(part.numel(), parameter.ds_numel - start)  # type: ignore[attr-defined]
+                if length > 0:
+                    yield View(name, PARAM, start, part.detach().narrow(0, 0, length), shape_of(parameter))
 
     def loaded(self) -> None:
         for group in range(len(self.zero.fp16_groups)):

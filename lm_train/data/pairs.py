@@ -119,6 +119,8 @@ class PairDataModule(DataModule):
         self.facts = DataFacts(
             vocab_size=vocabulary_size(self.tokenizer),
             pad_id=self.pad_id,
+            start_id=self.start_id,
+            end_id=self.end_id,
             max_length=block_size,
             pair_lengths=(float(train.source_lengths.mean()), float(train.target_lengths.mean()) + 1),
         )

@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lm_train.errors import DataError, UsageError
 from lm_train.models.decoder import Decoder
-from lm_train.models.logits import LogitsLanguageModel, LogitsMaskedLM
+from lm_train.models.logits import LogitsLanguageModel, LogitsMaskedLM, summed_cross_entropy
+from lm_train.models.seq2seq import Seq2Seq
 from lm_train.plan import DataFacts, Plan
 from lm_train.recipe import HuggingFace
 from lm_train.recipe.explain import nearest
@@ -87,10 +89,60 @@ class HuggingFaceMaskedLM(HuggingFaceNet, LogitsMaskedLM):
     """Masked language model."""
 
     def logits(self, tokens: Tensor, lengths: Tensor | None = None) -> Tensor:  # (B, T) -> (B, T, V)
-        mask = (
-            None if lengths is None else (torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]).long()
-        )
-        return self.model(input_ids=tokens, attention_mask=mask).logits
+        return self.model(input_ids=tokens, attention_mask=_mask(tokens, lengths)).logits
+
+
+class HuggingFaceSeq2Seq(HuggingFaceNet):
+    """Encoder-decoder, called as our own is.
+
+    Args:
+        model: of transformers; its configuration names the token that the decoder begins with.
+    """
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(model)
+        self.start_id = int(model.config.decoder_start_token_id)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        lengths: Tensor | None = None,
+        target_tokens: Tensor | None = None,
+        targets: Tensor | None = None,
+        memory: Tensor | None = None,
+        last_only: bool = False,
+    ) -> Tensor:
+        """As `lm_train.models.Seq2Seq`: the encoder's output, logits, or the loss.
+
+        Args:
+            tokens: the sources, (B, S).
+            lengths: their real tokens, (B,), at least 1; None: all S.
+            target_tokens: what the decoder has read, (B, T), filled up at the end; the first of them is taken as the model's
+                own start, whatever it is. None: encode only.
+            targets: what follows each of them, (B, T), -100 where nothing is to be predicted.
+            memory: the encoder's output where it is known already, (B, S, C).
+            last_only: logits of the last position only.
+
+        Returns:
+            Without target_tokens the encoder's output, (B, S, C); without targets logits, (B, T, vocabulary of the model), T
+            being 1 with `last_only`; else the summed cross-entropy in nats, ().
+        """
+        mask = _mask(tokens, lengths)
+        if target_tokens is None:
+            return self.model.get_encoder()(input_ids=tokens, attention_mask=mask).last_hidden_state
+        # no mask: what fills a target up stands behind it, where a causal decoder does not look
+        read = F.pad(target_tokens[:, 1:], (1, 0), value=self.start_id)
+        source: dict[str, Any] = {"input_ids": tokens}
+        if memory is not None:
+            from transformers.modeling_outputs import BaseModelOutput
+
+            source = {"encoder_outputs": BaseModelOutput(last_hidden_state=memory)}
+        logits = self.model(**source, attention_mask=mask, decoder_input_ids=read, use_cache=False).logits
+        if targets is None:
+            return logits[:, -1:] if last_only else logits
+        return summed_cross_entropy(logits, targets)
+
+    generate = Seq2Seq.generate
 
 
 class HuggingFaceTextClassifier(HuggingFaceNet):
@@ -98,9 +150,7 @@ class HuggingFaceTextClassifier(HuggingFaceNet):
 
     def forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:  # (B, T), (B,) -> (B, classes)
         """Logits of texts of `lengths` tokens each, filled up behind."""
-        positions = torch.arange(tokens.shape[1], device=tokens.device)
-        mask = positions < lengths[:, None]  # (B, T)
-        return self.model(input_ids=tokens, attention_mask=mask.long()).logits
+        return self.model(input_ids=tokens, attention_mask=_mask(tokens, lengths)).logits
 
 
 class HuggingFaceImageClassifier(HuggingFaceNet):
@@ -108,6 +158,13 @@ class HuggingFaceImageClassifier(HuggingFaceNet):
 
     def forward(self, inputs: Tensor) -> Tensor:  # (B, C, H, W) -> (B, classes)
         return self.model(pixel_values=inputs).logits
+
+
+def _mask(tokens: Tensor, lengths: Tensor | None) -> Tensor | None:  # (B, T), (B,) -> (B, T)
+    """1 where a row has a real token."""
+    if lengths is None:
+        return None
+    return (torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]).long()
 
 
 def build_hf(section: HuggingFace, plan: Plan, facts: DataFacts) -> HuggingFaceNet:
@@ -152,6 +209,8 @@ def build_hf(section: HuggingFace, plan: Plan, facts: DataFacts) -> HuggingFaceN
             return HuggingFaceDecoder(model, section.block_size, facts.vocab_size or config.vocab_size)
         case "masked_lm":
             return HuggingFaceMaskedLM(model)
+        case "seq2seq":
+            return HuggingFaceSeq2Seq(model)
         case "classification" if _of_images(facts):
             return HuggingFaceImageClassifier(model)
         case "classification":
@@ -196,8 +255,9 @@ def _configuration(section: HuggingFace, plan: Plan, facts: DataFacts) -> Any:
             setattr(config, key, value)
         if facts.n_outputs is not None and "num_labels" not in given:
             config.num_labels = facts.n_outputs
-        if facts.pad_id is not None and getattr(config, "pad_token_id", None) is None:
-            config.pad_token_id = facts.pad_id
+        for key, number in _token_ids(plan, facts).items():
+            if number is not None and getattr(config, key, None) is None:
+                setattr(config, key, number)
     _check(config, section, plan, facts)
     config.use_cache = False
     return config
@@ -216,7 +276,7 @@ def _default(model_type: str) -> Any:
 
 def _check_keys(given: dict[str, Any], config: Any) -> None:
     """transformers keeps keys that it does not know without a word."""
-    known = {*config.to_dict(), *config.attribute_map, "num_labels", "attn_implementation"}
+    known = {*config.to_dict(), *config.attribute_map, "num_labels", "attn_implementation", "decoder_start_token_id"}
     for key in given:
         if key not in known:
             near = nearest(key, known)
@@ -234,7 +294,10 @@ def _from_data(base: Any, section: HuggingFace, plan: Plan, facts: DataFacts, gi
             decided[key] = value
 
     decide("vocab_size", facts.vocab_size)
-    decide("pad_token_id", facts.pad_id)
+    for key, number in _token_ids(plan, facts).items():
+        decide(key, number)
+    if plan.task == "seq2seq" and "decoder_start_token_id" not in given:
+        decided["decoder_start_token_id"] = facts.start_id  # T5's configuration does not have it of itself
     if facts.n_outputs is not None:
         decide("num_labels", facts.n_outputs)
     if _of_images(facts):
@@ -256,6 +319,18 @@ def _from_data(base: Any, section: HuggingFace, plan: Plan, facts: DataFacts, gi
     return decided
 
 
+def _token_ids(plan: Plan, facts: DataFacts) -> dict[str, int | None]:
+    """What transformers calls the ids of the data's symbols."""
+    ids = {"pad_token_id": facts.pad_id}
+    if plan.task == "seq2seq":
+        ids |= {
+            "bos_token_id": facts.start_id,
+            "eos_token_id": facts.end_id,
+            "decoder_start_token_id": facts.start_id,
+        }
+    return ids
+
+
 def _longest(section: HuggingFace, plan: Plan, facts: DataFacts) -> int | None:
     """Tokens of the longest sample; None where samples are no tokens."""
     if plan.task in ("causal_lm", "masked_lm"):
@@ -270,6 +345,8 @@ def _unused_positions(model_type: str, pad_id: int | None) -> int:
 def _check(config: Any, section: HuggingFace, plan: Plan, facts: DataFacts) -> None:
     where = section.path or "model.config"
     size, wanted = getattr(config, "vocab_size", None), facts.vocab_size
+    if wanted is not None and facts.start_id == wanted - 1 != getattr(config, "decoder_start_token_id", None):
+        wanted -= 1  # the start that was added to the tokenizer is never read: the model has its own
     if size is not None and wanted is not None and wanted > size:
         way_out = (
             "give the tokenizer that belongs to the weights"
@@ -281,7 +358,7 @@ def _check(config: Any, section: HuggingFace, plan: Plan, facts: DataFacts) -> N
     if isinstance(limit, int) and longest is not None:
         limit -= _unused_positions(config.model_type, getattr(config, "pad_token_id", None))
         if longest > limit > 0:
-            key = "model.block_size" if plan.task in ("causal_lm", "masked_lm") else "data.max_length"
+            key = "data.max_length" if plan.task == "classification" else "model.block_size"
             raise UsageError(f"{key}: {longest} tokens, {where} has {limit} positions; try {key}={limit}")
     outputs = facts.n_outputs
     if outputs is not None and plan.task == "classification" and config.num_labels != outputs:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lm_train.data import Batch
 from lm_train.data.batches import Split
+from lm_train.errors import UsageError
 from lm_train.optim import build_optimizer, learning_rate
 from lm_train.plan import Plan
 from lm_train.recipe import AnyOptim
@@ -46,6 +47,7 @@ class TrainingModule(L.LightningModule, ABC):
         self.seed = seed
         self._grad_norm: Norm | None = None
         self._input_type = _input_type(plan)
+        self._reached_all = False
 
     def configure_model(self) -> None:
         """Called by Lightning before optimizers exist; a strategy that cuts the network up does it here."""
@@ -100,6 +102,20 @@ class TrainingModule(L.LightningModule, ABC):
 
     def _micro(self, batch_idx: int) -> int:
         return batch_idx % self.plan.accumulate_grad_batches
+
+    def on_after_backward(self) -> None:
+        """Once, before any update: what torch would tell by indices and a step too late, when it has summed some gradients
+        and not others."""
+        if self.plan.strategy != "ddp" or self._reached_all:
+            return
+        unreached = [name for name, p in self.net.named_parameters() if p.requires_grad and p.grad is None]
+        if unreached:
+            more = f" and {len(unreached) - 3} more" if len(unreached) > 3 else ""
+            raise UsageError(
+                f"model: the loss gives no gradient to {', '.join(unreached[:3])}{more}, which ddp cannot train; leave them out, "
+                "freeze them (requires_grad=False), or take trainer.strategy=fsdp"
+            )
+        self._reached_all = True
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         self.step_learning_rate = learning_rate(self.optim, self.global_step + 1, self.plan.max_steps)

@@ -20,6 +20,10 @@ class DataFacts:
     """Classes, or values to predict."""
     pad_id: int | None = None
     """Token id that fills short sequences up."""
+    start_id: int | None = None
+    """Token id that a decoder begins with."""
+    end_id: int | None = None
+    """Token id that ends a target."""
     max_length: int | None = None
     """Most tokens of one sample, where samples are texts of their own length."""
     tokens_per_sample: float | None = None

@@ -17,7 +17,7 @@ _READS = {
     "text_classes": ("bert", "recurrent", "hf", "custom"),
     "images": ("mlp", "cnn", "resnet", "hf", "custom"),
     "table": ("mlp", "custom"),
-    "pairs": ("seq2seq", "custom"),
+    "pairs": ("seq2seq", "hf", "custom"),
 }
 """By kind of data: the kinds of model that take it; data of the user's own go into any."""
 
