@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification
 
+from lm_train.data.labelled_texts import prepare_texts
+from lm_train.data.tokenizer import make_word_tokenizer
+from lm_train.errors import UsageError
 from lm_train.models import BERT
 from lm_train.plan import DataFacts, flops_per_sample, parameter_shapes
 from lm_train.recipe import BERT as BERTSection
-from lm_train.recipe import load
+from lm_train.recipe import TextClassData, load
 
 VOCAB = 61
 SECTION = BERTSection(n_layer=3, n_head=4, n_embd=32, block_size=24, dropout=0.0)
@@ -167,3 +173,27 @@ def test_flops_count_the_products() -> None:
     exact = 6 * (16 * sum(products.values()) + 4 * (64 * 32 + transform)) + 12 * 2 * 32 * 16 * 16
     n_parameters = sum(p.numel() for p in net.parameters())
     assert flops_per_sample(recipe.model, "masked_lm", facts, n_parameters) == pytest.approx(exact, rel=0.1)
+
+
+def test_texts_longer_than_the_positions_are_refused_before_torch() -> None:
+    words = ("recipe=bert_news", "model.block_size=100")
+    with pytest.raises(UsageError) as raised:
+        load(list(words))
+    (problem,) = raised.value.problems
+    assert "; try data.max_length=100 " in problem
+    assert load([*words, "data.max_length=100"]).data.kind == "text_classes"
+
+
+def test_special_tokens_count_as_tokens_of_a_text(tmp_path: Path, cache: Path) -> None:
+    tokenizer = make_word_tokenizer(["one two three four"], 20, 1)
+    tokenizer.add_special_tokens(["[CLS]", "[SEP]"])
+    ends = {name: tokenizer.token_to_id(name) for name in ("[CLS]", "[SEP]")}
+    tokenizer.post_processor = TemplateProcessing("[CLS] $A [SEP]", special_tokens=list(ends.items()))
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    rows = "".join(f"{'one two three four ' * (i % 5 + 1)}\t{'ab'[i % 2]}\n" for i in range(60))
+    (tmp_path / "rows.tsv").write_text("text\tlabel\n" + rows, encoding="utf-8")
+    section = TextClassData(path=str(tmp_path / "rows.tsv"), tokenizer=str(tmp_path / "tokenizer.json"), max_length=7)
+    train = prepare_texts(section).splits["train"]
+    assert train.lengths.max() == 7
+    for start, length in zip(train.starts, train.lengths, strict=False):
+        assert train.ids[[start, start + length - 1]].tolist() == list(ends.values())

@@ -214,6 +214,17 @@ def test_sixteen_bits_start_from_the_same_weights(
         (["model={kind: hf, path: no/such/folder}"], "no such file or folder"),
         (["model={kind: hf, config: {model_type: gpt2, trust_remote_code: true}}"], "run code"),
         (["model={kind: hf, config: {model_type: gpt2, n_positions: 64}, block_size: 128}"], "model.block_size=64"),
+        (
+            ["model={kind: hf, config: {model_type: bert, max_position_embeddings: 64}}", "data={kind: text_classes}"],
+            "try data.max_length=64",
+        ),
+        (
+            [
+                "model={kind: hf, config: {model_type: roberta, max_position_embeddings: 66, pad_token_id: 1}}",
+                "data={kind: text_classes, max_length: 65}",
+            ],
+            "try data.max_length=64",
+        ),
         (["model={kind: hf, config: {model_type: gpt2, vocab_size: 100}}"], "257"),
         (["model={kind: hf, config: {model_type: gpt2}}", "trainer.cross_entropy_chunks=2"], "cross_entropy_chunks=1"),
         (["model={kind: hf, config: {model_type: gpt2}}", "trainer.activation_checkpointing=2"], "full"),

@@ -31,7 +31,9 @@ CLASSES = (
 PAIRS = (
     "model={kind: seq2seq, n_layer: 2, n_head: 2, n_embd: 32, block_size: 24, dropout: 0.0}",
     *SHARED,
-    # a value that rounding moves across ReLU's kink changes a gradient by 1e-5, whatever the number of processes
+    # With AdamW at 1e-3 rounding moves a value across ReLU's kink at step 9: losses equal to the last bit, norms 6e-4 apart.
+    # With GELU instead of ReLU they stay within 1e-7, and in float64 with ReLU all twelve steps are equal in every digit
+    # logged. Smaller steps keep clear of the kink.
     "optim={kind: sgd, learning_rate: 0.01}",
     "data={kind: pairs, tokenizer: chars}",
 )

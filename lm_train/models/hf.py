@@ -23,18 +23,9 @@ from lm_train.models.seq2seq import Seq2Seq
 from lm_train.plan import DataFacts, Plan
 from lm_train.recipe import HuggingFace
 from lm_train.recipe.explain import nearest
+from lm_train.recipe.foreign import unused_positions
 
 _POSITIONS = "max_position_embeddings"
-_POSITIONS_AFTER_PADDING = (
-    "camembert",
-    "data2vec-text",
-    "esm",
-    "mpnet",
-    "roberta",
-    "roberta-prelayernorm",
-    "xlm-roberta",
-)
-"""Model types whose positions count from pad_token_id + 1 on."""
 _ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 """transformers would fetch any other name from the hub, as code."""
 
@@ -309,7 +300,7 @@ def _from_data(base: Any, section: HuggingFace, plan: Plan, facts: DataFacts, gi
     if longest is not None:
         decide(
             _POSITIONS,
-            longest + _unused_positions(base.model_type, facts.pad_id or getattr(base, "pad_token_id", None)),
+            longest + unused_positions(base.model_type, facts.pad_id or getattr(base, "pad_token_id", None)),
         )
     size = facts.vocab_size
     for key in ("bos_token_id", "eos_token_id", "decoder_start_token_id", "pad_token_id"):
@@ -338,10 +329,6 @@ def _longest(section: HuggingFace, plan: Plan, facts: DataFacts) -> int | None:
     return facts.max_length
 
 
-def _unused_positions(model_type: str, pad_id: int | None) -> int:
-    return (pad_id or 0) + 1 if model_type in _POSITIONS_AFTER_PADDING else 0
-
-
 def _check(config: Any, section: HuggingFace, plan: Plan, facts: DataFacts) -> None:
     where = section.path or "model.config"
     size, wanted = getattr(config, "vocab_size", None), facts.vocab_size
@@ -356,7 +343,7 @@ def _check(config: Any, section: HuggingFace, plan: Plan, facts: DataFacts) -> N
         raise UsageError(f"{where}: vocab_size={size} is smaller than the tokenizer's {wanted} ids; {way_out}")
     limit, longest = getattr(config, _POSITIONS, None), _longest(section, plan, facts)
     if isinstance(limit, int) and longest is not None:
-        limit -= _unused_positions(config.model_type, getattr(config, "pad_token_id", None))
+        limit -= unused_positions(config.model_type, getattr(config, "pad_token_id", None))
         if longest > limit > 0:
             key = "data.max_length" if plan.task == "classification" else "model.block_size"
             raise UsageError(f"{key}: {longest} tokens, {where} has {limit} positions; try {key}={limit}")

@@ -13,7 +13,7 @@ from lm_train.recipe.foreign import foreign_conflicts
 from lm_train.recipe.hub_names import is_hub_name
 from lm_train.recipe.sections import Recipe
 from lm_train.recipe.strategies import Conflict, strategy_conflicts
-from lm_train.recipe.task import further_ids, task_conflicts, task_of
+from lm_train.recipe.task import further_ids, length_conflicts, task_conflicts, task_of
 from lm_train.recipe.tokenizer_names import exists, is_path, known_vocab_size
 
 DEBUG_STEPS = 20
@@ -68,6 +68,7 @@ def conflicts(recipe: Recipe) -> Iterator[Conflict]:
         for keys, message in getattr(recipe, section).conflicts():
             yield [(section, key) for key in keys], message
     yield from task_conflicts(recipe)
+    yield from length_conflicts(recipe)
     yield from foreign_conflicts(recipe)
     yield from _batch_conflicts(recipe)
     yield from _trainer_conflicts(recipe)

@@ -16,6 +16,18 @@ from lm_train.recipe.tokenizer_names import exists, known_vocab_size
 
 _POSITIONS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length")
 """What the configurations of transformers call the longest sequence."""
+_POSITIONS_AFTER_PADDING = (
+    "camembert",
+    "data2vec-text",
+    "esm",
+    "mpnet",
+    "roberta",
+    "roberta-prelayernorm",
+    "xlm-roberta",
+)
+"""Model types whose positions count from pad_token_id + 1 on."""
+_RELATIVE_POSITIONS = ("t5", "mt5", "umt5", "longt5")
+"""Model types that read texts of any length; some of their released configurations name an n_positions all the same."""
 
 
 def foreign_conflicts(recipe: Recipe) -> Iterator[Conflict]:
@@ -79,13 +91,28 @@ def _size_conflicts(recipe: Recipe, model: HuggingFace) -> Iterator[Conflict]:
             [("model", "config"), ("data", "tokenizer")],
             f"data.tokenizer={tokenizer} has {ids} ids, vocab_size={size} of {where} is smaller; {way_out}",
         )
-    limits = [config[key] for key in _POSITIONS if isinstance(config.get(key), int)]
-    if samples_are_sequences(recipe) and limits and model.block_size > limits[0] > 0:
+    limit = next((config[key] for key in _POSITIONS if isinstance(config.get(key), int)), None)
+    section, key, longest = _longest_sample(recipe, model)
+    if limit is None or longest is None or config.get("model_type") in _RELATIVE_POSITIONS:
+        return
+    limit -= unused_positions(str(config.get("model_type")), config.get("pad_token_id"))
+    if longest > limit > 0:
         yield (
-            [("model", "block_size"), ("model", "config")],
-            f"model.block_size={model.block_size} is more than the {limits[0]} positions of {where}; try "
-            f"model.block_size={limits[0]}",
+            [(section, key), ("model", "config")],
+            f"{section}.{key}={longest} is more than the {limit} positions of {where}; try {section}.{key}={limit}",
         )
+
+
+def _longest_sample(recipe: Recipe, model: HuggingFace) -> tuple[str, str, int | None]:
+    """The key that limits the tokens of a sample, and its value; None where samples are no tokens."""
+    if samples_are_sequences(recipe):
+        return "model", "block_size", model.block_size
+    return "data", "max_length", getattr(recipe.data, "max_length", None)
+
+
+def unused_positions(model_type: str, pad_id: Any) -> int:
+    """How many of its positions a model of transformers leaves unused; at least so many where the padding is not known."""
+    return (pad_id if isinstance(pad_id, int) else 0) + 1 if model_type in _POSITIONS_AFTER_PADDING else 0
 
 
 def _config_of(model: HuggingFace) -> dict[str, Any]:

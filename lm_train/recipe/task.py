@@ -65,6 +65,17 @@ def task_conflicts(recipe: Recipe) -> Iterator[tuple[list[tuple[str, ...]], str]
         )
 
 
+def length_conflicts(recipe: Recipe) -> Iterator[tuple[list[tuple[str, ...]], str]]:
+    """Labelled texts that may be longer than a BERT has positions for; data.max_length counts special tokens too."""
+    model, data = recipe.model, recipe.data
+    if model.kind == "bert" and data.kind == "text_classes" and data.max_length > model.block_size:
+        yield (
+            [("data", "max_length"), ("model", "block_size")],
+            f"data.max_length={data.max_length} is more than the positions of model.block_size={model.block_size}; try "
+            f"data.max_length={model.block_size}",
+        )
+
+
 def further_ids(task: Task, tokenizer: str) -> int:
     """Token ids that a task needs beside those of the text: one to hide a token behind; start, end and padding of pairs."""
     match task:
