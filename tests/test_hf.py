@@ -219,6 +219,10 @@ def test_sixteen_bits_start_from_the_same_weights(
             "try data.max_length=64",
         ),
         (
+            ["model={kind: hf, config: {model_type: bart, max_position_embeddings: 64}}", "data={kind: pairs}"],
+            "try model.block_size=64",
+        ),
+        (
             [
                 "model={kind: hf, config: {model_type: roberta, max_position_embeddings: 66, pad_token_id: 1}}",
                 "data={kind: text_classes, max_length: 65}",

@@ -105,7 +105,7 @@ def _size_conflicts(recipe: Recipe, model: HuggingFace) -> Iterator[Conflict]:
 
 def _longest_sample(recipe: Recipe, model: HuggingFace) -> tuple[str, str, int | None]:
     """The key that limits the tokens of a sample, and its value; None where samples are no tokens."""
-    if samples_are_sequences(recipe):
+    if samples_are_sequences(recipe) or recipe.data.kind == "pairs":
         return "model", "block_size", model.block_size
     return "data", "max_length", getattr(recipe.data, "max_length", None)
 
