@@ -25,11 +25,13 @@ class Pair:
     def __init__(self, size: int = 2) -> None:
         self.size = size
         self.ranks: list[subprocess.Popen[str]] = []
+        self._port = socket.socket()
 
     def __enter__(self) -> Pair:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        # kept bound until the end: nobody else is given the port while the ranks start, and rank 0 may still listen on it
+        self._port.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self._port.bind(("127.0.0.1", 0))
+        port = self._port.getsockname()[1]
         for rank in range(self.size):
             environment = os.environ | {
                 "RANK": str(rank),
@@ -67,6 +69,7 @@ class Pair:
             rank.kill()
         for rank in self.ranks:
             rank.wait()
+        self._port.close()
 
     def run(self, case: str, **arguments: Any) -> list[Any]:
         order = json.dumps({"case": case, "arguments": arguments}) + "\n"
