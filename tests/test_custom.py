@@ -15,8 +15,10 @@ import pytest
 import torch
 
 from lm_train import cli, models, plugins
+from lm_train.callbacks.debugging import OVERFIT_LOSS, overfit_one_batch
 from lm_train.errors import ExitCode, UsageError
 from lm_train.hardware import Machine
+from lm_train.modules import Classification
 from lm_train.plan import DataFacts, make_plan
 from lm_train.recipe import dump, load
 from lm_train.runs import RunFolder, read_jsonl
@@ -65,10 +67,31 @@ def test_a_factory_that_ignores_the_seed_still_gives_all_ranks_one_model(ranks: 
     assert row["train/loss"] == pytest.approx(5.55, abs=0.05)
 
 
-@pytest.mark.slow
-def test_debug_learns_one_batch_by_heart(new_run: NewRun, capsys: pytest.CaptureFixture[str]) -> None:
-    assert train(new_run(model_word("build"), "trainer.max_steps=2", "debug=true")) == ExitCode.DONE
-    assert "steps, as it should" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("function", "said"),
+    [("build", "CustomDecoder either has a fault, or cannot"), ("half_frozen", "8,959 parameters are frozen")],
+)
+def test_debug_of_a_network_that_need_not_learn_one_batch(
+    new_run: NewRun, capsys: pytest.CaptureFixture[str], function: str, said: str
+) -> None:
+    """It guesses the next token from one alone."""
+    assert train(new_run(model_word(function), "trainer.max_steps=2", "debug=true")) == ExitCode.DONE
+    told = capsys.readouterr().err
+    assert "expected below 0.1" in told
+    assert said in told
+
+
+def test_debug_learns_images_by_heart_in_sixteen_bits() -> None:
+    """The fresh network is fp32, whatever the run's precision."""
+    recipe = load(["recipe=gpt_debug", "data=images", "model=mlp", "trainer.precision=bf16-true"])
+    plan = make_plan(recipe, Machine(cpu_cores=2, gpus=()))
+    torch.manual_seed(0)
+    net = models.build(recipe.model, plan, DataFacts(input_shape=(1, 8, 8), n_outputs=10))
+    module = Classification(net, recipe.optim, plan, 0, tuple("0123456789"), 0.0)
+    assert module.input_type == torch.bfloat16
+    found = overfit_one_batch(module, {"inputs": torch.rand(8, 1, 8, 8), "labels": torch.arange(8), "total": 8.0})
+    assert found is not None
+    assert found < OVERFIT_LOSS
 
 
 def test_an_image_classifier_by_position(new_run: NewRun) -> None:

@@ -93,7 +93,8 @@ def overfit_one_batch(module: TrainingModule, batch: Batch) -> float | None:
         LightningModule of the user's own: nobody knows how small its loss can become, or what it needs of a Trainer.
 
     Raises:
-        LMTrainError: if the loss does not come near zero: model, loss, gradient or optimizer is wrong.
+        LMTrainError: if the loss of a network of ours does not come near zero: model, loss, gradient or optimizer is wrong.
+            Of another, or one with frozen parameters, a line says so, since it need not be able to.
     """
     if isinstance(module, CustomTraining):
         _say(
@@ -104,6 +105,7 @@ def overfit_one_batch(module: TrainingModule, batch: Batch) -> float | None:
     device = next(net.parameters()).device
     few = _few_samples(batch, device)
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
+    module.input_type = None  # the fresh weights are fp32 under every precision
     module.eval()  # dropout, or smoothed labels, would keep the loss up
     loss, first = float("inf"), float("nan")
     for step in range(OVERFIT_STEPS):
@@ -116,10 +118,15 @@ def overfit_one_batch(module: TrainingModule, batch: Batch) -> float | None:
         if loss < OVERFIT_LOSS:
             _say(f"overfit one batch: loss {first:.3f} -> {loss:.3f} in {step + 1} steps, as it should")
             return loss
-    raise LMTrainError(
-        f"overfit one batch: loss {first:.3f} -> {loss:.3f} after {OVERFIT_STEPS} steps, expected below {OVERFIT_LOSS}; "
-        "a network that cannot learn one batch has a fault in model, loss or gradient"
-    )
+    found = f"overfit one batch: loss {first:.3f} -> {loss:.3f} after {OVERFIT_STEPS} steps, expected below {OVERFIT_LOSS}; "
+    frozen = sum(p.numel() for p in net.parameters() if not p.requires_grad)
+    if frozen:
+        _say(f"{found}{frozen:,} parameters are frozen, and the others alone may not be able to")
+    elif not hasattr(net, "fill"):  # someone else's: it may see no context, or not stand Adam at this rate
+        _say(f"{found}{type(net).__name__} either has a fault, or cannot tell these samples apart, or learns slowly")
+    else:
+        raise LMTrainError(f"{found}a network that cannot learn one batch has a fault in model, loss or gradient")
+    return loss
 
 
 def _few_samples(batch: Batch, device: torch.device) -> Batch:

@@ -38,6 +38,8 @@ class TrainingModule(L.LightningModule, ABC):
 
     step_loss: Tensor
     step_learning_rate: float
+    input_type: torch.dtype | None
+    """What floats that go into the network are cast to; None leaves them as they are."""
 
     def __init__(self, net: nn.Module, optim: AnyOptim, plan: Plan, seed: int) -> None:
         super().__init__()
@@ -46,7 +48,7 @@ class TrainingModule(L.LightningModule, ABC):
         self.plan = plan
         self.seed = seed
         self._grad_norm: Norm | None = None
-        self._input_type = _input_type(plan)
+        self.input_type = _input_type(plan)
         self._reached_all = False
 
     def configure_model(self) -> None:
@@ -73,8 +75,8 @@ class TrainingModule(L.LightningModule, ABC):
     def inputs(self, batch: Batch) -> dict[str, Tensor]:
         """What the network takes of a batch, by the name of its argument; floats in the type of its weights."""
         taken = {name: batch[name] for name in INPUTS if name in batch}
-        if self._input_type is not None:
-            taken = {k: v.to(self._input_type) if v.is_floating_point() else v for k, v in taken.items()}
+        if self.input_type is not None:
+            taken = {k: v.to(self.input_type) if v.is_floating_point() else v for k, v in taken.items()}
         return taken
 
     @abstractmethod

@@ -111,7 +111,7 @@ class CustomTraining(TrainingModule):
 
     def _cast(self, batch: Batch) -> Any:
         """The batch as the user's code knows it, floats that go into the network in the type of its weights."""
-        content, low = batch.get(OWN, batch), self._input_type
+        content, low = batch.get(OWN, batch), self.input_type
         if low is None:
             return content
         if OWN not in batch:
