@@ -250,6 +250,7 @@ def test_what_the_recipe_alone_contradicts_is_told_before_torch(words: list[str]
         ("{model_type: gpt2, attn_implementation: someone/kernel}", "someone/kernel"),
         ("{model_type: gpt2, n_embd: 63, n_head: 2}", "gpt2 cannot be built"),
         ("{model_type: vit}", "vit for CausalLM"),
+        ("{model_type: gpt2, n_layer: two}", "Field 'n_layer' expected int"),
     ],
 )
 def test_a_configuration_that_transformers_does_not_know_is_one_line(config: str, said: str) -> None:

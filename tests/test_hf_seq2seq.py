@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lm_train import models
+from lm_train import cli, models
 from lm_train.errors import ExitCode, UsageError
 from lm_train.hardware import Machine
 from lm_train.plan import DataFacts, make_plan
@@ -107,6 +107,14 @@ def test_a_vocabulary_without_a_start_of_its_own_fits(tmp_path: Path) -> None:
     assert built(word, facts)(**given).isfinite()
     with pytest.raises(UsageError, match=f"{VOCAB + 1} ids"):
         built(word, DataFacts(vocab_size=VOCAB + 1, pad_id=VOCAB, start_id=START, end_id=END, max_length=24))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_dry_run_counts_parameters_before_the_data_are_read(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["data={kind: pairs, tokenizer: bytes}", "dry_run=true", model_word(CONFIGS[name])]
+    assert cli.main(["train", "recipe=gpt_debug", *words]) == ExitCode.DONE
+    n_parameters = sum(p.numel() for p in built(words[-1], DataFacts(vocab_size=260)).parameters())
+    assert f"{n_parameters:,}" in capsys.readouterr().out
 
 
 def test_a_decoder_alone_does_not_take_pairs() -> None:

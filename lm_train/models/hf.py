@@ -8,7 +8,8 @@ from the installed transformers alone.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -92,7 +93,8 @@ class HuggingFaceSeq2Seq(HuggingFaceNet):
 
     def __init__(self, model: Any) -> None:
         super().__init__(model)
-        self.start_id = int(model.config.decoder_start_token_id)
+        self.start_id: int | None = model.config.decoder_start_token_id
+        """None where the data are not known yet, as when parameters are only counted."""
 
     def forward(
         self,
@@ -121,6 +123,7 @@ class HuggingFaceSeq2Seq(HuggingFaceNet):
         mask = _mask(tokens, lengths)
         if target_tokens is None:
             return self.model.get_encoder()(input_ids=tokens, attention_mask=mask).last_hidden_state
+        assert self.start_id is not None, "the data say what a decoder begins with"
         # no mask: what fills a target up stands behind it, where a causal decoder does not look
         read = F.pad(target_tokens[:, 1:], (1, 0), value=self.start_id)
         source: dict[str, Any] = {"input_ids": tokens}
@@ -238,12 +241,14 @@ def _configuration(section: HuggingFace, plan: Plan, facts: DataFacts) -> Any:
         base = _default(model_type)
         _check_keys(given, base)
         open_keys = {**_from_data(base, section, plan, facts, set(given)), **given}
-        config = AutoConfig.for_model(model_type, **open_keys)
+        with _wrong_values_told(model_type):
+            config = AutoConfig.for_model(model_type, **open_keys)
     else:
         config = _read(AutoConfig.from_pretrained, section.path, trust_remote_code=False)
         _check_keys(given, config)
-        for key, value in given.items():
-            setattr(config, key, value)
+        with _wrong_values_told(section.path):
+            for key, value in given.items():
+                setattr(config, key, value)
         if facts.n_outputs is not None and "num_labels" not in given:
             config.num_labels = facts.n_outputs
         for key, number in _token_ids(plan, facts).items():
@@ -252,6 +257,17 @@ def _configuration(section: HuggingFace, plan: Plan, facts: DataFacts) -> Any:
     _check(config, section, plan, facts)
     config.use_cache = False
     return config
+
+
+@contextmanager
+def _wrong_values_told(name: str) -> Iterator[None]:
+    """transformers says in several lines that a key's value is of another type."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    try:
+        yield
+    except (StrictDataclassError, ValueError, TypeError) as error:
+        raise UsageError(f"model.config: {name} cannot be built: {' '.join(str(error).split())}") from error
 
 
 def _default(model_type: str) -> Any:
@@ -288,7 +304,8 @@ def _from_data(base: Any, section: HuggingFace, plan: Plan, facts: DataFacts, gi
     for key, number in _token_ids(plan, facts).items():
         decide(key, number)
     if plan.task == "seq2seq" and "decoder_start_token_id" not in given:
-        decided["decoder_start_token_id"] = facts.start_id  # T5's configuration does not have it of itself
+        # T5's configuration does not have it of itself; before the data are read any id will do
+        decided["decoder_start_token_id"] = facts.start_id or 0
     if facts.n_outputs is not None:
         decide("num_labels", facts.n_outputs)
     if _of_images(facts):
