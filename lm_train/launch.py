@@ -65,6 +65,7 @@ def _lead(recipe: Recipe, machine: Machine, allocation: Allocation | None, serie
             checkpoint, step = _checkpoint(recipe, plan, earlier)
             for difference in runs.recipe_differences(folder, recipe) if earlier is not None else ():
                 say(f"{folder.root}: the recipe has changed: {difference}")
+            before = runs.beginning(folder)
             runs.begin(folder, recipe, plan)
             runs.cut_jsonl(folder.metrics, step)
             _note_folder(folder)
@@ -73,6 +74,8 @@ def _lead(recipe: Recipe, machine: Machine, allocation: Allocation | None, serie
             say(f"run folder {folder.root}\nplan\n{plan.table()}")
             attempt = publish(folder, allocation, checkpoint)
             code = _supervise(recipe, folder, plan, machine, allocation, attempt, checkpoint, series)
+            if code == ExitCode.BAD_CHECKPOINT:  # the ranks found that the run cannot go on as this recipe says
+                runs.put_back(before)
     except LMTrainError as error:
         _tell_others(recipe, allocation, error.exit_code)
         raise

@@ -167,6 +167,24 @@ def begin(folder: RunFolder, recipe: Recipe, plan: Plan) -> None:
         raise _cannot_write(error, folder.root) from None
 
 
+def beginning(folder: RunFolder) -> dict[Path, str]:
+    """What `begin` writes over: the recipe and the plan that the run has so far."""
+    return {file: file.read_text(encoding="utf-8") for file in (folder.recipe, folder.plan) if file.exists()}
+
+
+def put_back(before: Mapping[Path, str]) -> None:
+    """After a start that was refused: the run is still what it was.
+
+    Raises:
+        OutputError: if the folder cannot be written to.
+    """
+    for file, text in before.items():
+        try:
+            write_atomically(file, text)
+        except OSError as error:
+            raise _cannot_write(error, file) from None
+
+
 def create(recipe: Recipe, plan: Plan) -> RunFolder:
     """A folder ready for its ranks, for programs that train without a supervisor."""
     folder = make_folder(recipe)

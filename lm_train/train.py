@@ -63,6 +63,9 @@ def train(folder: RunFolder, resume_from: Path | None = None, callbacks: Sequenc
 
     datamodule = data.build(recipe.data, plan, recipe.seed, folder)
     datamodule.prepare(recipe.model)
+    if checkpoint is not None:
+        _check_data(checkpoint, datamodule.fingerprint)
+    datamodule.leave(folder)
     done_before = checkpoint is not None and checkpoint.state["step"] >= plan.max_steps
     torch.manual_seed(recipe.seed)
     net = models.build(recipe.model, plan, datamodule.facts, initialise=not shards_at_build(plan))
@@ -117,7 +120,7 @@ def train(folder: RunFolder, resume_from: Path | None = None, callbacks: Sequenc
             default_root_dir=folder.root,
             logger=run_loggers,
             callbacks=[
-                *_restoring(checkpoint, fingerprint),
+                *([_Restore(checkpoint)] if checkpoint is not None else []),
                 *([_ExactStart(weights)] if checkpoint is None and casts_initial_weights(plan) else []),
                 StopAgreement(),
                 evaluation,
@@ -175,15 +178,13 @@ class _ExactStart(L.Callback):
         set_initial_weights(views, self.weights)
 
 
-def _restoring(checkpoint: CheckpointReader | None, fingerprint: str) -> list[L.Callback]:
-    if checkpoint is None:
-        return []
+def _check_data(checkpoint: CheckpointReader, fingerprint: str) -> None:
+    """That a run goes on with its own data, before anything of others is written into its folder."""
     if checkpoint.state["data"] != fingerprint:
         raise CheckpointError(
             f"{checkpoint.folder}: was trained on other data or another tokenizer (fingerprint {checkpoint.state['data'][:8]}, "
             f"now {fingerprint[:8]}); give the data it was trained on, or start a new run with another name="
         )
-    return [_Restore(checkpoint)]
 
 
 def _finish(

@@ -76,4 +76,5 @@ def prepared_images(
     module = build(data, plan or image_plan(), seed, RunFolder(run))
     assert isinstance(module, ImageDataModule)
     module.prepare(MLP())
+    module.leave(module.folder)
     return module

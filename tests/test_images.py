@@ -191,7 +191,7 @@ def test_a_resumed_run_must_find_what_it_began_with(tmp_path: Path) -> None:
     assert prepared_images(tmp_path / "b", tmp_path / "run").fingerprint != first.fingerprint, "nothing trained yet"
     (tmp_path / "run/checkpoints/step-1").mkdir(parents=True)
     (tmp_path / "run/checkpoints/latest").write_text('{"checkpoint": "step-1"}')
-    with pytest.raises(CheckpointError, match=r"preprocessing.json: the run began with other images"):
+    with pytest.raises(CheckpointError, match=r"preprocessing.json: the run began with other data"):
         prepared_images(tmp_path / "a", tmp_path / "run")
 
 

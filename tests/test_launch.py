@@ -18,6 +18,9 @@ from pathlib import Path
 
 import pytest
 
+from lm_train import launch as launching
+from lm_train.errors import ExitCode
+from lm_train.recipe import load
 from lm_train.runs import RunFolder, read_jsonl
 from tests.conftest import TINY
 
@@ -84,6 +87,18 @@ def launch(tmp_path: Path, text_file: Path) -> Iterator:
     yield start
     for command in started:
         command.clean()
+
+
+def test_a_refused_start_leaves_recipe_and_plan_as_they_were(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(seed: int, code: ExitCode) -> bytes:
+        monkeypatch.setattr(launching, "_supervise", lambda *args: code)
+        words = ("recipe=gpt_debug", "name=run", f"runs_dir={tmp_path}", f"seed={seed}")
+        assert launching.train(load([*words, f"data.global_batch_size={32 * seed}"])) == code
+        return RunFolder(tmp_path / "run").recipe.read_bytes() + RunFolder(tmp_path / "run").plan.read_bytes()
+
+    first = start(1, ExitCode.REQUEUE)
+    assert start(2, ExitCode.BAD_CHECKPOINT) == first
+    assert start(2, ExitCode.REQUEUE) != first
 
 
 def test_one_command_trains_reports_and_is_not_done_twice(launch) -> None:

@@ -114,6 +114,7 @@ def test_the_mask_symbol_is_one_more_id(new_run: NewRun) -> None:
     module = opened(folder)
     assert module.facts.vocab_size == 258 == Plan.read(folder.plan).vocab_size
     assert module.tokenizer.token_to_id("[MASK]") == 257 == module.masking.mask_id
+    module.leave(folder)
     assert '"[MASK]"' in folder.tokenizer.read_text(encoding="utf-8")
     assert module.facts.guessed_fraction == 5 / 32
 

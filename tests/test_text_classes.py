@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer
 
 from lm_train.data import TextClassDataModule, build, documentation
 from lm_train.data.labelled_texts import LabelledTexts, prepare_texts
 from lm_train.data.text_classes import WINDOW, BucketBatches, TextSamples
-from lm_train.errors import DataError
+from lm_train.errors import CheckpointError, DataError
 from lm_train.plan import known_facts
 from lm_train.recipe import Recurrent, TextClassData, load
 from lm_train.runs import RunFolder
@@ -278,13 +279,28 @@ def test_balanced_classes_weigh_the_same(two_splits: Path) -> None:
 
 
 def test_what_later_use_of_the_model_needs_is_left(two_splits: Path) -> None:
-    module_of(two_splits, max_length=9)
     run = RunFolder(two_splits.with_name("run"))
+    module_of(two_splits, max_length=9).leave(run)
     left = json.loads(run.preprocessing.read_text())
     assert left["class_names"] == ["a", "b"]
     assert left["max_length"] == 9
     assert left["cleaning"] == ["control", "unicode", "whitespace"]
     assert json.loads(run.tokenizer.read_text())["truncation"] is None
+
+
+def test_what_a_start_without_a_checkpoint_left_is_written_anew(two_splits: Path) -> None:
+    run = RunFolder(two_splits.with_name("run"))
+    module_of(two_splits, tokenizer="bytes", cleaning=["lowercase"]).leave(run)
+    now = module_of(two_splits, tokenizer="chars")
+    now.leave(run)
+    assert Tokenizer.from_file(str(run.tokenizer)).get_vocab() == now.texts.tokenizer.get_vocab()
+    assert json.loads(run.preprocessing.read_text())["cleaning"] == ["control", "unicode", "whitespace"]
+    (run.checkpoints / "step-1").mkdir(parents=True)
+    (run.checkpoints / "latest").write_text('{"checkpoint": "step-1"}')
+    run.preprocessing.write_text(json.dumps(json.loads(run.preprocessing.read_text())))
+    now.leave(run)
+    with pytest.raises(CheckpointError, match=r"tokenizer.json: the run began with other data"):
+        module_of(two_splits, tokenizer="bytes").leave(run)
 
 
 def test_the_embedded_set(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:

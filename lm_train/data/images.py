@@ -14,17 +14,16 @@ from torch.utils.data import Dataset
 
 from lm_train.data.augment import Draws, change, crop_and_flip, mixup_partners
 from lm_train.data.batches import Batch, EvaluationBatches, Integers, SampleBatches, Samples, Split
-from lm_train.data.cache import write_text
 from lm_train.data.classes import balanced_weights
 from lm_train.data.image_cache import StoredImages, StoredSplit, cache_name, stored_images
 from lm_train.data.image_source import open_images
 from lm_train.data.module import DataModule
 from lm_train.data.source import digest_of_parts
 from lm_train.data.splits import divide, duplicates
-from lm_train.errors import CheckpointError, DataError
+from lm_train.errors import DataError
 from lm_train.plan import DataFacts, Plan
 from lm_train.recipe import AnyModel, ImageData
-from lm_train.runs import RunFolder, latest_checkpoint
+from lm_train.runs import RunFolder
 
 Floats = npt.NDArray[np.float64]
 
@@ -188,7 +187,6 @@ class ImageDataModule(DataModule):
         weights = balanced_weights(labels, k) if section.class_weights == "balanced" else None
         self.samples = {split: ImageSamples(*part, self.normalisation) for split, part in parts.items()}
         self.samples["train"] = TrainingImages(train, numbers, self.normalisation, section, self.seed, weights, k)
-        self._leave_preprocessing(stored)
         if self._is_primary:
             _report([source.note] if source.note else [], parts)
 
@@ -218,27 +216,15 @@ class ImageDataModule(DataModule):
                 f"{self.plan.global_batch_size}; lower it, or add images"
             )
 
-    def _leave_preprocessing(self, stored: StoredImages) -> None:
-        """Writes what a later use of the model needs; a run that goes on must find what it began with."""
-        file = self.folder.preprocessing
-        text = json.dumps(
-            {
-                "kind": "images",
-                "input_shape": stored.shape,
-                "mean": self.normalisation.mean.tolist(),
-                "deviation": self.normalisation.deviation.tolist(),
-                "class_names": stored.class_names,
-            },
-            indent=2,
-        )
-        if file.exists() and file.read_text(encoding="utf-8") == text:
-            return
-        if file.exists() and latest_checkpoint(self.folder) is not None:
-            raise CheckpointError(
-                f"{file}: the run began with other images (their shape, mean, deviation or classes differ now); give the "
-                "data it was trained on, or start a new run with another name="
-            )
-        write_text(file, text)
+    def kept(self) -> dict[str, str]:
+        facts = {
+            "kind": "images",
+            "input_shape": self.facts.input_shape,
+            "mean": self.normalisation.mean.tolist(),
+            "deviation": self.normalisation.deviation.tolist(),
+            "class_names": self.class_names,
+        }
+        return {self.folder.preprocessing.name: json.dumps(facts, indent=2)}
 
     def has(self, split: Split) -> bool:
         return split in self.samples

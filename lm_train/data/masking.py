@@ -10,7 +10,6 @@ from tokenizers import Tokenizer
 from torch.utils.data import Dataset
 
 from lm_train.data.batches import IGNORED, Batch, Integers, Split
-from lm_train.data.cache import write_text
 from lm_train.data.corpus import TokenFile
 from lm_train.data.order import key_of, mix64
 from lm_train.data.text import STREAM_WINDOW, EvalBatches, TextDataModule, TrainBatches
@@ -135,7 +134,6 @@ class MaskedTextDataModule(TextDataModule):
                 f"{self.label}: the mask symbol is token id {mask_id}, not below model.vocab_size={asked}; set "
                 f"model.vocab_size=auto or at least {mask_id + 1}"
             )
-        write_text(self.tokenizer_file, self._with_mask.to_str())
         self.masking = Masking(self.section.mask_fraction, plain, mask_id)
         self.facts = DataFacts(
             vocab_size=vocab_size, guessed_fraction=self.masking.count(self.block_size) / self.block_size

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import math
+import os
 from abc import ABC, abstractmethod
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
 from torch.utils.data import DataLoader, Dataset
 
 from lm_train.data.batches import Batch, Split
+from lm_train.data.cache import write_text
 from lm_train.data.loading import TimedLoader, make_loader
+from lm_train.errors import CheckpointError
 from lm_train.plan import DataFacts, Plan
 from lm_train.recipe import AnyModel
+from lm_train.runs import RunFolder, latest_checkpoint
 
 
 class DataModule(L.LightningDataModule, ABC):
@@ -45,11 +52,38 @@ class DataModule(L.LightningDataModule, ABC):
     def prepare(self, model: AnyModel) -> None:
         """Reads what must be read before the first batch, and checks that data, batch and model fit each other.
 
-        Any number of processes may call this at once.
+        Any number of processes may call this at once. Nothing is written into the run folder: whether the run may go on with
+        these data is not known yet.
 
         Raises:
             DataError: naming file and row.
         """
+
+    def kept(self) -> dict[str, str]:
+        """What a later use of the model needs of the data: the JSON text of each file of the run folder, by its name."""
+        return {}
+
+    def leave(self, folder: RunFolder) -> None:
+        """Writes what `kept` gives into the run folder, once the data are known to be those of the run.
+
+        Every rank may call this; rank 0 writes. What a start left that was ended before its first checkpoint is overwritten;
+        a run with checkpoints must find what it began with.
+
+        Raises:
+            CheckpointError: naming the file that says otherwise.
+            OutputError: if the folder cannot be written to.
+        """
+        for name, text in self.kept().items():
+            file = folder.root / name
+            if _says_so(file, text):
+                continue
+            if file.exists() and latest_checkpoint(folder) is not None:
+                raise CheckpointError(
+                    f"{file}: the run began with other data, or treated them otherwise; give the data and the settings it was "
+                    "trained with, or start a new run with another name="
+                )
+            if int(os.environ.get("RANK", 0)) == 0:
+                write_text(file, text)
 
     @abstractmethod
     def has(self, split: Split) -> bool:
@@ -97,3 +131,22 @@ class DataModule(L.LightningDataModule, ABC):
 
     def _rank(self) -> int:
         return self.trainer.global_rank if self.trainer is not None else 0
+
+
+def _says_so(file: Path, text: str) -> bool:
+    """Whether a JSON file says what the text says."""
+    try:
+        return _alike(json.loads(file.read_text(encoding="utf-8")), json.loads(text))
+    except (FileNotFoundError, ValueError):
+        return False
+
+
+def _alike(one: Any, other: Any) -> bool:
+    """The same but for the last digits of numbers, which another processor may sum up in another order."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_alike(one[key], other[key]) for key in one)
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(_alike, one, other))
+    if isinstance(one, float) and isinstance(other, float):
+        return math.isclose(one, other, rel_tol=1e-6, abs_tol=1e-9)
+    return bool(one == other)

@@ -12,7 +12,6 @@ from tokenizers import Tokenizer
 from torch.utils.data import Dataset
 
 from lm_train.data.batches import IGNORED, Batch, EvaluationBatches, Integers, Split
-from lm_train.data.cache import write_text
 from lm_train.data.module import DataModule
 from lm_train.data.pair_texts import Pairs, TokenisedPairs, prepare_pairs
 from lm_train.data.text_classes import BucketBatches, SizedSamples
@@ -133,13 +132,14 @@ class PairDataModule(DataModule):
         if int(os.environ.get("RANK", 0)) == 0:
             for remark in self.pairs.remarks:
                 print(remark, file=sys.stderr, flush=True)
-        if not self.folder.tokenizer.exists():
-            write_text(self.folder.tokenizer, self.tokenizer.to_str())
 
     @property
     def tokenizer(self) -> Tokenizer:
         """With the symbols for filling up, start and end."""
         return self.pairs.tokenizer
+
+    def kept(self) -> dict[str, str]:
+        return {self.folder.tokenizer.name: self.tokenizer.to_str()}
 
     def has(self, split: Split) -> bool:
         return split in self.pairs.splits

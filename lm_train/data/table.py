@@ -14,7 +14,6 @@ import torch
 from torch.utils.data import Dataset
 
 from lm_train.data.batches import Batch, EvaluationBatches, Integers, SampleBatches, Samples, Split
-from lm_train.data.cache import write_text
 from lm_train.data.module import DataModule
 from lm_train.data.preprocessing import (
     Cells,
@@ -100,6 +99,7 @@ class TableDataModule(DataModule):
         self.label = table.label
         self._notes = []
         targets, names = self._columns(table)
+        self._targets = targets
         splits = self._divided(table, targets, names)
         splits = {split: self._without_missing(split, cells, targets, names) for split, cells in splits.items()}
         self.preprocessing = Preprocessing.learn(splits["train"], names, section)
@@ -114,7 +114,6 @@ class TableDataModule(DataModule):
         )
         self._check_size()
         if self._is_primary:
-            self._leave_preprocessing(targets)
             if self.preprocessing.unused:
                 self._notes.append(self.preprocessing.reasons())
             for note in self._notes:
@@ -245,15 +244,15 @@ class TableDataModule(DataModule):
                 f"{self.label}: {n_train} training rows are fewer than data.global_batch_size={wanted}; lower it, or add rows"
             )
 
-    def _leave_preprocessing(self, targets: list[str]) -> None:
+    def kept(self) -> dict[str, str]:
         facts: dict[str, Any] = {"kind": "table", "task": self.section.task, "clip": self.section.outliers == "clip"}
         facts |= self.preprocessing.facts()
         if self.section.task == "classification":
-            facts |= {"target": targets[0], "class_names": self.class_names}
+            facts |= {"target": self._targets[0], "class_names": self.class_names}
         else:
-            parts = zip(targets, self._target_mean, self.target_scale, strict=True)
+            parts = zip(self._targets, self._target_mean, self.target_scale, strict=True)
             facts["targets"] = [{"name": name, "shift": shift, "scale": scale} for name, shift, scale in parts]
-        write_text(self.folder.preprocessing, json.dumps(facts, indent=2, ensure_ascii=False))
+        return {self.folder.preprocessing.name: json.dumps(facts, indent=2, ensure_ascii=False)}
 
     def has(self, split: Split) -> bool:
         return split in self.samples

@@ -8,7 +8,6 @@ from tokenizers import Tokenizer
 from torch.utils.data import Dataset
 
 from lm_train.data.batches import IGNORED, Batch, Integers, StepBatches
-from lm_train.data.cache import write_text
 from lm_train.data.corpus import Corpus, TokenFile, prepare_corpus, wait_for_tokens
 from lm_train.data.module import DataModule
 from lm_train.data.order import SampleOrder, key_of
@@ -136,7 +135,7 @@ class TextDataModule(DataModule):
     def __init__(self, section: EmbeddedData | TextData, plan: Plan, seed: int, folder: RunFolder) -> None:
         super().__init__(plan, seed)
         assert plan.block_size is not None
-        self.section, self.block_size, self.tokenizer_file = section, plan.block_size, folder.tokenizer
+        self.section, self.block_size, self.folder = section, plan.block_size, folder
         self.streaming = bool(getattr(section, "streaming", False))
 
     def prepare(self, model: AnyModel) -> None:
@@ -144,8 +143,6 @@ class TextDataModule(DataModule):
         self.corpus = prepare_corpus(self.section, self.streaming)
         self.label, self.fingerprint = self.corpus.label, self.corpus.fingerprint
         self.facts = DataFacts(vocab_size=vocabulary_size(self.corpus.tokenizer))
-        if not self.tokenizer_file.exists():
-            write_text(self.tokenizer_file, self.corpus.tokenizer.to_str())
         asked: int | str = getattr(model, "vocab_size", "auto")
         for split in self.corpus.splits:
             self._check(split, asked if isinstance(asked, int) else None)
@@ -153,6 +150,9 @@ class TextDataModule(DataModule):
     @property
     def tokenizer(self) -> Tokenizer:
         return self.corpus.tokenizer
+
+    def kept(self) -> dict[str, str]:
+        return {self.folder.tokenizer.name: self.tokenizer.to_str()}
 
     @property
     def vocab_size(self) -> int:

@@ -13,7 +13,6 @@ import torch
 from torch.utils.data import Dataset
 
 from lm_train.data.batches import Batch, EvaluationBatches, Integers, SampleBatches, Samples, Split
-from lm_train.data.cache import write_text
 from lm_train.data.classes import balanced_weights
 from lm_train.data.labelled_texts import LabelledTexts, TokenisedTexts, counts_in_words, prepare_texts
 from lm_train.data.module import DataModule
@@ -157,9 +156,6 @@ class TextClassDataModule(DataModule):
         if int(os.environ.get("RANK", 0)) == 0:
             for remark in (*self.texts.remarks, f"classes: {counts_in_words(self.class_names, train.labels)}"):
                 print(remark, file=sys.stderr, flush=True)
-        if not self.folder.tokenizer.exists():
-            write_text(self.folder.tokenizer, self.texts.tokenizer.to_str())
-            write_text(self.folder.preprocessing, json.dumps(self._preprocessing(), indent=1) + "\n")
 
     def _check(self, model: AnyModel) -> None:
         n_train, wanted = len(self.texts.splits["train"]), self.plan.global_batch_size
@@ -176,15 +172,19 @@ class TextClassDataModule(DataModule):
                 "model.vocab_size=auto"
             )
 
-    def _preprocessing(self) -> dict[str, object]:
+    def kept(self) -> dict[str, str]:
         section = self.section
-        return {
+        facts = {
             "kind": section.kind,
             "class_names": self.class_names,
             "cleaning": section.cleaning,
             "max_length": section.max_length,
             "pair": section.pair_column is not None,
             "pad_id": self.pad_id,
+        }
+        return {
+            self.folder.tokenizer.name: self.texts.tokenizer.to_str(),
+            self.folder.preprocessing.name: json.dumps(facts, indent=1) + "\n",
         }
 
     def has(self, split: Split) -> bool:
