@@ -93,7 +93,8 @@ class LabelledData(DataSection):
     val_fraction: Fraction = 0.1
     """Share of the training samples that validates where there is no validation split; of each class alike."""
     folds: Annotated[int, Field(ge=2, le=100)] | None = None
-    """Cross-validation: so many runs, each validating on another part of the training samples."""
+    """Cross-validation: so many runs, each validating on another part of the training samples; a class of one sample trains in
+    all of them, and a validation split of the source's own is not used."""
     fold: PositiveInt | None = None
     """The one fold that this run validates on, from 1; null with folds: all, one after another."""
 
