@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from torchmetrics import CatMetric, SumMetric
 
 from lm_train.plan import DataFacts
 
@@ -163,6 +164,17 @@ class Points(L.LightningDataModule):
         return DataLoader(self.samples[:21], batch_size=4)  # type: ignore[arg-type]
 
 
+class ShufflesAll(Points):
+    """Shuffles what it evaluates on as well."""
+
+    def val_dataloader(self) -> Any:
+        return DataLoader(range(10), batch_size=2, shuffle=True)  # type: ignore[arg-type]
+
+
+def shuffles_all() -> L.LightningDataModule:
+    return ShufflesAll()
+
+
 def points(n: int = 50, pairs: bool = False) -> L.LightningDataModule:
     return Points(n, pairs)
 
@@ -226,3 +238,26 @@ class Asking(Own):
 
 def asks_its_trainer(facts: DataFacts) -> L.LightningModule:
     return Asking(facts.vocab_size)  # type: ignore[arg-type]
+
+
+class Counting(Own):
+    """Counts its batches by metrics, one that adds up and one that keeps lists."""
+
+    def __init__(self, vocab_size: int) -> None:
+        super().__init__(vocab_size)
+        self.seen, self.firsts, self.steps = SumMetric(), CatMetric(), SumMetric()
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        self.steps.update(1)
+        self.log("steps", self.steps)
+        return super().training_step(batch, batch_idx)
+
+    def validation_step(self, batch: dict[str, Any]) -> None:
+        self.firsts(batch["tokens"][:, 0])
+        self.seen.update(len(batch["tokens"]))
+        self.log("val_seen", self.seen)
+        super().validation_step(batch)
+
+
+def counting(facts: DataFacts) -> L.LightningModule:
+    return Counting(facts.vocab_size)  # type: ignore[arg-type]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from lm_train.recipe import load
 from lm_train.runs import RunFolder, read_jsonl
 from lm_train.train import train
 from tests.conftest import Ranks
+from tests.custom_parts import Counting
 from tests.test_strategies import LOSS_BOUND, NORM_BOUND, STRATEGIES, curve, difference
 
 NewRun = Callable[..., RunFolder]
@@ -135,3 +137,27 @@ def test_the_module_is_trained_by_the_task_module_of_lightning(new_run: NewRun) 
     datamodule.prepare(recipe.model)
     net = models.build(recipe.model, plan, datamodule.facts)
     assert isinstance(modules.build(net, recipe, plan, datamodule), modules.CustomTraining)
+
+
+def test_metrics_in_training_cover_the_steps_since_the_row_before(new_run: NewRun) -> None:
+    run = new_run(model_word("counting"), "trainer.max_steps=7", "trainer.log_every_n_steps=3")
+    assert train(run) == ExitCode.DONE
+    assert [(row["step"], row["steps"]) for row in rows_with(run, "steps")] == [(1, 1), (3, 2), (6, 3), (7, 1)]
+
+
+def test_metrics_leave_out_batches_that_only_fill_up(new_run: NewRun) -> None:
+    run = new_run(model_word("counting"))
+    recipe, plan = load([f"recipe={run.recipe}"]), Plan.read(run.plan)
+    net: Any = Counting(257)
+    module = modules.CustomTraining(net, recipe.optim, plan, 0)
+    tokens = torch.arange(4 * 16).view(4, 16)
+    batch = {"tokens": tokens, "targets": tokens, "valid": torch.ones(4, dtype=torch.bool)}
+    filling = batch | {"valid": torch.zeros(4, dtype=torch.bool)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # torchmetrics' on what was asked before an update
+        for given in (filling, batch, filling, batch, filling):
+            module.validation_step(given, 0)
+        assert float(net.seen.compute()) == 8
+    assert net.firsts.compute().tolist() == [0, 16, 32, 48] * 2
+    assert net.seen.update_count == 2
+    assert module._averages(module._logged)["val_loss"] > 0

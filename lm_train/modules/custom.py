@@ -5,15 +5,20 @@ network. What differs from Lightning's own Trainer:
   * the whole run is one epoch of Lightning's; a scheduler steps by optimizer steps, or by passes over the data;
   * values given to `self.log` are averaged over micro batches and ranks, and stand in metrics.jsonl: those of training under
     their own names, those of validation and test as `val/NAME` and `test/NAME`, a `val_` or `test_` in front dropped. Every
-    rank must log the same names;
+    rank must log the same names. A number logged in training is the last step's; a Metric of torchmetrics covers the steps
+    since the row before (or since this start of the run), and is reset by us;
+  * on several ranks an evaluation may be filled up with batches that do not count: their numbers weigh nothing, and what
+    Metrics hold is put back as it was;
   * hooks that our loop has no place for are refused rather than left out in silence.
 """
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import inspect
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import lightning.pytorch as L
@@ -159,10 +164,17 @@ class CustomTraining(TrainingModule):
             getattr(self.net, hook)(*(a[OWN] if isinstance(a, dict) and OWN in a else a for a in args))
 
     def further_metrics(self) -> dict[str, Tensor]:
-        """What the last training step logged, averaged over micro batches and ranks; all ranks call it."""
-        return self._averages(self._logged) | {
-            name: metric.compute() for name, metric in self._metrics.items() if metric.update_called
-        }
+        """What training steps logged; all ranks call it.
+
+        Numbers are the last step's, averaged over micro batches and ranks. A Metric covers all steps since it was last asked
+        for, and starts anew.
+        """
+        found = self._averages(self._logged)
+        asked = {name: metric for name, metric in self._metrics.items() if metric.update_called}
+        found |= {name: metric.compute() for name, metric in asked.items()}
+        for metric in asked.values():  # after all of them are read: one may be made of another
+            metric.reset()
+        return found
 
     def _averages(self, logged: dict[str, list[tuple[Tensor, float]]]) -> dict[str, Tensor]:
         if not logged:
@@ -253,10 +265,15 @@ class CustomTraining(TrainingModule):
         if not _overrides(self.net, step):
             return
         batch, self._weight = _only_valid(batch)
-        out = self._call(step, batch, batch_idx)
+        counts = self._weight > 0
+        with contextlib.nullcontext() if counts else _unchanged(self._all_metrics()):
+            out = self._call(step, batch, batch_idx)  # also where nothing counts: other ranks wait in its collectives
         loss = out.get("loss") if isinstance(out, dict) else out
         if isinstance(loss, Tensor) and loss.numel() == 1:
             self._take("", loss)
+
+    def _all_metrics(self) -> list[Metric]:
+        return [m for m in self.net.modules() if isinstance(m, Metric)] + list(self._metrics.values())
 
     def evaluation(self, split: Split) -> dict[str, Tensor]:
         """What was logged, as `loss` for `val_loss`, `val/loss` or `loss`; else the loss that the step returned."""
@@ -280,6 +297,20 @@ class CustomTraining(TrainingModule):
 
 def _overrides(net: L.LightningModule, hook: str) -> bool:
     return getattr(type(net), hook, None) is not getattr(L.LightningModule, hook, None)
+
+
+@contextlib.contextmanager
+def _unchanged(metrics: Iterable[Metric]) -> Iterator[None]:
+    """Puts back what metrics hold: their states, what they have computed, and how often they were updated."""
+    kept = []
+    for metric in metrics:
+        names = (*metric._defaults, "_update_count", "_computed", "_forward_cache")
+        # with what is inside: updates add in place, and append to lists
+        kept.append((metric, {name: copy.deepcopy(getattr(metric, name)) for name in names}))
+    yield
+    for metric, before in kept:
+        for name, value in before.items():
+            setattr(metric, name, value)
 
 
 def _without_split(name: str) -> str:
