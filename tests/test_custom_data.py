@@ -6,11 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
-from lm_train import runs
+from lm_train import data, runs
 from lm_train.errors import DataError, ExitCode, UsageError
 from lm_train.hardware import Machine
-from lm_train.plan import make_plan
+from lm_train.plan import Plan, make_plan
 from lm_train.recipe import load
 from lm_train.runs import RunFolder, read_jsonl
 from lm_train.train import train
@@ -73,6 +74,33 @@ def test_a_resumed_run_goes_on_at_its_place_in_the_order(points_run: Callable[..
     train(half)
     train(rest, half.checkpoints / "step-8")
     assert curve(half) + curve(rest) == curve(whole)
+
+
+def test_ranks_that_shuffle_an_evaluation_share_it_without_overlap(points_run: Callable[..., RunFolder]) -> None:
+    run = points_run("point_classifier", "trainer.devices=2", factory="shuffles_all")
+    recipe, plan = load([f"recipe={run.recipe}"]), Plan.read(run.plan)
+    orders = []
+    for _ in range(2):
+        seen: list[int] = []
+        for rank in range(2):
+            torch.manual_seed(rank)  # as dropout leaves each rank's generator
+            module = data.build(recipe.data, plan, recipe.seed, run)
+            module.prepare(recipe.model)
+            module._rank = lambda rank=rank: rank  # type: ignore[method-assign]
+            for batch in module.val_dataloader():
+                seen += [int(x) for x, counts in zip(batch["own"], batch["valid"], strict=True) if counts]
+            assert int(torch.initial_seed()) == rank
+        assert sorted(seen) == list(range(10))
+        orders.append(seen)
+    assert orders[0] == orders[1] != sorted(orders[0])
+
+
+def test_nothing_of_preparing_stays_in_the_run_folder(points_run: Callable[..., RunFolder]) -> None:
+    run = points_run("point_classifier")
+    before = sorted(run.root.iterdir())
+    module = data.build(load([f"recipe={run.recipe}"]).data, Plan.read(run.plan), 0, run)
+    module.prepare(load([f"recipe={run.recipe}"]).model)
+    assert sorted(run.root.iterdir()) == before
 
 
 def test_a_network_of_ours_learns_from_it(points_run: Callable[..., RunFolder]) -> None:

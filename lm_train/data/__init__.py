@@ -39,7 +39,7 @@ def build(section: AnyData, plan: Plan, seed: int, folder: RunFolder) -> DataMod
         case "pairs":
             return PairDataModule(section, plan, seed, folder)
         case "custom":
-            return CustomDataModule(section, plan, seed, folder)
+            return CustomDataModule(section, plan, seed)
     raise AssertionError(section.kind)
 
 

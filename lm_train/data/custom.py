@@ -5,8 +5,8 @@
   A sampler of one's own that divides the samples among ranks would divide them twice, and is refused.
 * The loader's batch size is that of one process: `data.micro_batch_size` must say the same.
 * Shuffling is seeded by (seed, epoch), so that a resumed run goes on at its place in the same order. What a data set draws by
-  itself, such as augmentation, is drawn anew then: an exact resume, bit by bit, is not promised.
-    A stream is read again up to that place.
+  itself, such as augmentation, is drawn anew then: an exact resume, bit by bit, is not promised. A stream is read again up
+  to that place. A loader of an evaluation that shuffles has the same order on all ranks, and each time.
 * A batch that is a dictionary of tensors goes to networks of lm_train as it is (`inputs` or `tokens`, `lengths`, `labels` or
   `targets`); any other batch is for a LightningModule, whose steps get it as it came.
 * What the data say for the network stands in the module's attribute `facts`, a dictionary with the names of
@@ -16,7 +16,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import sys
@@ -30,13 +29,13 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDa
 
 from lm_train import plugins
 from lm_train.data.batches import Batch, Split
+from lm_train.data.cache import cache_folder, locked
 from lm_train.data.loading import TimedLoader
 from lm_train.data.module import DataModule
 from lm_train.data.order import key_of
 from lm_train.errors import DataError, UsageError
 from lm_train.plan import DataFacts, Plan
 from lm_train.recipe import AnyModel, CustomData
-from lm_train.runs import RunFolder
 
 OWN = "own"
 """Key under which a batch stands that is no dictionary of tensors."""
@@ -46,9 +45,9 @@ _LOADERS: dict[Split, str] = {"train": "train_dataloader", "val": "val_dataloade
 class CustomDataModule(DataModule):
     """Serves the batches of a LightningDataModule that the section's factory makes."""
 
-    def __init__(self, section: CustomData, plan: Plan, seed: int, folder: RunFolder) -> None:
+    def __init__(self, section: CustomData, plan: Plan, seed: int) -> None:
         super().__init__(plan, seed)
-        self.section, self.folder = section, folder
+        self.section = section
 
     def prepare(self, model: AnyModel) -> None:
         factory = self.section.factory
@@ -58,7 +57,8 @@ class CustomDataModule(DataModule):
                 f"data.factory: {factory} returned a {type(self.inner).__name__}; expected a LightningDataModule"
             )
         self.label = f"{factory}"
-        with _one_process_at_a_time(self.folder):
+        # it may download: the ranks call it one after another, and the later ones find it done
+        with locked(cache_folder() / "custom" / f"{_digest(factory, self.section.args)}.lock"):
             self._call("prepare_data")
         self._call("setup", "fit")
         if self.has("test"):
@@ -68,8 +68,8 @@ class CustomDataModule(DataModule):
         classes = range(self.facts.n_outputs or 0)
         self.class_names = tuple(getattr(self.inner, "class_names", None) or map(str, classes))
         self.target_scale = (1.0,) * (self.facts.n_outputs or 0)
-        told = [factory, self.section.args, _length(self.loader), str(getattr(self.inner, "fingerprint", ""))]
-        self.fingerprint = hashlib.blake2b(json.dumps(told).encode(), digest_size=16).hexdigest()
+        told = str(getattr(self.inner, "fingerprint", ""))
+        self.fingerprint = _digest(factory, self.section.args, _length(self.loader), told)
         self._rounds: int | None = None
         if not _is_stream(self.loader):
             self._rounds = len(self._indices(0)) // self.plan.world_size
@@ -146,22 +146,22 @@ class CustomDataModule(DataModule):
 
     def _evaluation(self, split: Split) -> Any:
         self.inner.trainer = self.trainer
-        return _Evaluation(self._loader(split), self._rank(), self.plan.world_size) if self.has(split) else []
+        return _Evaluation(self, self._loader(split), self._rank()) if self.has(split) else []
 
     def _indices(self, epoch: int) -> list[list[int]]:
         """The samples of each full batch of an epoch, the same on every rank."""
-        with self.seeded(epoch):
+        with self.seeded(epoch, self.loader):
             batches = [list(batch) for batch in self.loader.batch_sampler or ()]
         return [batch for batch in batches if len(batch) == self.plan.micro_batch_size]
 
     @contextlib.contextmanager
-    def seeded(self, epoch: int) -> Iterator[None]:
+    def seeded(self, epoch: int, loader: DataLoader[Any]) -> Iterator[None]:
         """Shuffling draws what (seed, epoch) says; the process' generator is left as it was."""
         key = key_of(self.seed, epoch) % 2**63
-        sampler = getattr(self.loader.batch_sampler, "sampler", self.loader.sampler)
+        sampler = getattr(loader.batch_sampler, "sampler", loader.sampler)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(key)
-            for generator in (self.loader.generator, getattr(sampler, "generator", None)):
+            for generator in (loader.generator, getattr(sampler, "generator", None)):
                 if generator is not None:
                     generator.manual_seed(key)
             if hasattr(sampler, "set_epoch"):
@@ -203,7 +203,7 @@ class _Training:
         while True:
             rounds = 0
             waiting: list[Any] = []
-            with data.seeded(epoch):
+            with data.seeded(epoch, data.loader):
                 batches = iter(data.loader)
             for batch in batches:
                 if _rows(batch) != data.plan.micro_batch_size:
@@ -225,8 +225,8 @@ class _Training:
 class _Evaluation:
     """One rank's micro batches, as many as any other's; those that only fill up are marked as not valid."""
 
-    def __init__(self, loader: DataLoader[Any], rank: int, world: int) -> None:
-        self.loader, self.rank, self.world = loader, rank, world
+    def __init__(self, data: CustomDataModule, loader: DataLoader[Any], rank: int) -> None:
+        self.data, self.loader, self.rank, self.world = data, loader, rank, data.plan.world_size
 
     def __len__(self) -> int:
         if _is_stream(self.loader):
@@ -237,7 +237,8 @@ class _Evaluation:
         if _is_stream(self.loader):
             yield from self._streamed()
             return
-        everything = [list(batch) for batch in self.loader.batch_sampler or ()]
+        with self.data.seeded(0, self.loader):
+            everything = [list(batch) for batch in self.loader.batch_sampler or ()]
         mine = everything[self.rank :: self.world]
         missing = len(self) - len(mine)
         for number, batch in enumerate(_with_samples(self.loader, mine + everything[:1] * missing)):
@@ -245,7 +246,9 @@ class _Evaluation:
 
     def _streamed(self) -> Iterator[Batch]:
         group: list[Any] = []
-        for batch in self.loader:
+        with self.data.seeded(0, self.loader):
+            batches = iter(self.loader)
+        for batch in batches:
             group.append(batch)
             if len(group) == self.world:
                 yield _marked(group[self.rank], counts=True)
@@ -296,9 +299,5 @@ def _marked(batch: Any, counts: bool) -> Batch:
     return {**_as_dict(batch), "valid": torch.full((_rows(batch),), counts)}
 
 
-@contextlib.contextmanager
-def _one_process_at_a_time(folder: RunFolder) -> Iterator[None]:
-    """prepare_data may download: the ranks of a run call it one after another, and the later ones find it done."""
-    with (folder.root / ".prepare_data").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+def _digest(*values: Any) -> str:
+    return hashlib.blake2b(json.dumps(values).encode(), digest_size=16).hexdigest()
