@@ -94,6 +94,14 @@ def test_debug_learns_images_by_heart_in_sixteen_bits() -> None:
     assert found < OVERFIT_LOSS
 
 
+def test_debug_leaves_out_what_it_can_take_no_few_samples_of(capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = load(["recipe=gpt_debug", "data=images", "model=mlp"])
+    plan = make_plan(recipe, Machine(cpu_cores=2, gpus=()))
+    module = Classification(torch.nn.Linear(3, 2), recipe.optim, plan, 0, ("a", "b"), 0.0)
+    assert overfit_one_batch(module, {"own": [torch.rand(4, 3), torch.zeros(4)], "total": 4.0}) is None  # type: ignore[dict-item]
+    assert "left out, since the batch is no dictionary" in capsys.readouterr().err
+
+
 def test_an_image_classifier_by_position(new_run: NewRun) -> None:
     recipe = load(["recipe=gpt_debug", "data=images", model_word("image_classifier")])
     plan = make_plan(recipe, Machine(cpu_cores=2, gpus=()))

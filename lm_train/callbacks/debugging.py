@@ -90,7 +90,8 @@ def overfit_one_batch(module: TrainingModule, batch: Batch) -> float | None:
 
     Returns:
         The last loss, in the task's unit for each target (nats a token, or a class); None, and a line that says so, for a
-        LightningModule of the user's own: nobody knows how small its loss can become, or what it needs of a Trainer.
+        LightningModule of the user's own: nobody knows how small its loss can become, or what it needs of a Trainer; and
+        for a batch that is no dictionary of tensors: nobody knows how to take a few samples of it.
 
     Raises:
         LMTrainError: if the loss of a network of ours does not come near zero: model, loss, gradient or optimizer is wrong.
@@ -100,6 +101,9 @@ def overfit_one_batch(module: TrainingModule, batch: Batch) -> float | None:
         _say(
             f"overfit one batch: left out, since the loss of {type(module.net).__name__} is its own and has no known scale"
         )
+        return None
+    if not any(isinstance(value, Tensor) for value in batch.values()):
+        _say("overfit one batch: left out, since the batch is no dictionary of tensors, of which to take a few samples")
         return None
     net = module.net
     device = next(net.parameters()).device
