@@ -98,7 +98,7 @@ def test_debug_leaves_out_what_it_can_take_no_few_samples_of(capsys: pytest.Capt
     recipe = load(["recipe=gpt_debug", "data=images", "model=mlp"])
     plan = make_plan(recipe, Machine(cpu_cores=2, gpus=()))
     module = Classification(torch.nn.Linear(3, 2), recipe.optim, plan, 0, ("a", "b"), 0.0)
-    assert overfit_one_batch(module, {"own": [torch.rand(4, 3), torch.zeros(4)], "total": 4.0}) is None  # type: ignore[dict-item]
+    assert overfit_one_batch(module, {"own": [torch.rand(4, 3), torch.zeros(4)], "total": 4.0}) is None
     assert "left out, since the batch is no dictionary" in capsys.readouterr().err
 
 

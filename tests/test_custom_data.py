@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -76,7 +77,9 @@ def test_a_resumed_run_goes_on_at_its_place_in_the_order(points_run: Callable[..
     assert curve(half) + curve(rest) == curve(whole)
 
 
-def test_ranks_that_shuffle_an_evaluation_share_it_without_overlap(points_run: Callable[..., RunFolder]) -> None:
+def test_ranks_that_shuffle_an_evaluation_share_it_without_overlap(
+    points_run: Callable[..., RunFolder], monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = points_run("point_classifier", "trainer.devices=2", factory="shuffles_all")
     recipe, plan = load([f"recipe={run.recipe}"]), Plan.read(run.plan)
     orders = []
@@ -86,7 +89,7 @@ def test_ranks_that_shuffle_an_evaluation_share_it_without_overlap(points_run: C
             torch.manual_seed(rank)  # as dropout leaves each rank's generator
             module = data.build(recipe.data, plan, recipe.seed, run)
             module.prepare(recipe.model)
-            module._rank = lambda rank=rank: rank  # type: ignore[method-assign]
+            monkeypatch.setattr(module, "_rank", partial(int, rank))
             for batch in module.val_dataloader():
                 seen += [int(x) for x, counts in zip(batch["own"], batch["valid"], strict=True) if counts]
             assert int(torch.initial_seed()) == rank
