@@ -207,8 +207,11 @@ def test_bad_classes_are_named(tmp_path: Path, cache: Path) -> None:
         (tmp_path / "folders" / place).parent.mkdir(parents=True)
         (tmp_path / "folders" / place).write_text("some words")
     (tmp_path / "folders" / "empty").mkdir()
-    with pytest.raises(DataError, match="folders/empty: a class without a text"):
-        texts_of(tmp_path / "folders")
+    for beside in ("empty/readme.md", "__MACOSX/._full"):
+        with pytest.raises(DataError, match="folders/empty: a class without a text"):
+            texts_of(tmp_path / "folders")
+        (tmp_path / "folders" / beside).parent.mkdir(exist_ok=True)
+        (tmp_path / "folders" / beside).write_text("no text of a class")
 
 
 def test_a_batch_larger_than_the_set(two_splits: Path) -> None:

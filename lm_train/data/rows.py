@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 from lm_train import signals
 from lm_train.data.batches import Split
 from lm_train.data.hub import find_dataset, out_of_reach, quiet_datasets
-from lm_train.data.source import content_hash, digest_of_parts, files_below, files_of_folder, split_of
+from lm_train.data.source import content_hash, digest_of_parts, files_below, files_of_folder, is_hidden, split_of
 from lm_train.errors import DataError
 from lm_train.recipe.checks import is_hub_name
 from lm_train.recipe.explain import nearest
@@ -178,10 +178,11 @@ def _class_folders(path: Path, files: list[Path], only: Split | None) -> RowSour
         raise DataError(f"{path}: neither tables ({', '.join(_KINDS)}) nor a folder of .txt files for each class")
     if "train" not in by_split and only is None:
         raise DataError(f"{path}: only validation or test texts; training texts are in train/CLASS/, or in CLASS/")
+    filled = {folder for chosen in by_split.values() for file in chosen for folder in file.parents}
     for folder in sorted({file.parent.parent for chosen in by_split.values() for file in chosen}):
         for place in sorted(folder.iterdir()):
-            names_a_split = split_of(place.name) is not None or place.name.startswith(".")
-            if place.is_dir() and not names_a_split and not any(place.iterdir()):
+            is_class = split_of(place.name) is None and not is_hidden(place.name)
+            if is_class and place.is_dir() and place not in filled:
                 raise DataError(f"{place}: a class without a text; fill the folder or remove it")
     splits: dict[Split, Rows] = {split: _texts(chosen) for split, chosen in by_split.items()}
     return RowSource(str(path), digest_of_parts(*parts), splits, _FOLDER_COLUMNS)

@@ -113,6 +113,11 @@ def _named_files(section: TextData) -> dict[Split, list[Path]]:
     return named
 
 
+def is_hidden(name: str) -> bool:
+    """A file or folder that a system leaves beside the data: .DS_Store, ._image.png, and __MACOSX in zips of macOS."""
+    return name.startswith(".") or name == "__MACOSX"
+
+
 def files_below(path: Path) -> list[Path]:
     """The file itself, or every file under the folder, sorted, through links, without hidden ones."""
     if not path.is_dir():
@@ -129,9 +134,9 @@ def files_inside(path: Path) -> list[Path]:
     seen: set[Path] = set()
     for folder, folders, names in os.walk(path, followlinks=True):
         real = Path(folder).resolve()
-        folders[:] = [] if real in seen else [name for name in folders if not name.startswith(".")]
+        folders[:] = [] if real in seen else [name for name in folders if not is_hidden(name)]
         if real not in seen:
-            files += [Path(folder, name) for name in names if not name.startswith(".")]
+            files += [Path(folder, name) for name in names if not is_hidden(name)]
         seen.add(real)
     return sorted(file for file in files if file.is_file())
 
