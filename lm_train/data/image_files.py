@@ -251,11 +251,14 @@ def decode(row: Row, channels: int | str = "auto", size: int | None = None) -> n
 
     Args:
         row: the image.
-        channels: 1 or 3; auto: as it is, 3 for everything that is neither grey nor black and white.
+        channels: 1 or 3; auto: 1 for what is grey or black and white, a palette of greys included, 3 for all else.
         size: its new height and width; None: as it is.
 
+    Where an encoded image is transparent, white shows through; one that a camera took on its side (EXIF's orientation) is
+    turned upright; grey of 16 bits is scaled to 8, 65535 to 255.
+
     Raises:
-        DataError: if it cannot be read as an image, or has more than 8 bits a pixel and channel.
+        DataError: if it cannot be read as an image, or has more than 16 bits a pixel and channel.
     """
     pixels = row.image
     if isinstance(pixels, np.ndarray):
@@ -263,14 +266,19 @@ def decode(row: Row, channels: int | str = "auto", size: int | None = None) -> n
         pixels = pixels[:, :, 0] if pixels.ndim == 3 and present == 1 else pixels
         if size is None and channels in ("auto", present):
             return pixels
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     try:
-        with _image(pixels) as image:
-            mode = image.mode
-            if mode in ("I", "F") or mode.startswith("I;16"):
-                raise DataError(f"{row.where}: has more than 8 bits a pixel (mode {mode}); convert it to 8 bits")
-            grey = channels == 1 or (channels == "auto" and mode in ("1", "L", "LA", "La"))
+        with _image(pixels) as opened_image:
+            image = ImageOps.exif_transpose(opened_image)
+            if image.mode.startswith("I;16"):
+                image = Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8))
+            if image.mode in ("I", "F"):
+                raise DataError(f"{row.where}: has 32 bits a pixel (mode {image.mode}); convert it to 8 bits")
+            grey = channels == 1 or (channels == "auto" and _is_grey(image))
+            if image.has_transparency_data:
+                drawn = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", drawn.size, "white"), drawn)
             converted = image.convert("L" if grey else "RGB")
             if size is not None:
                 converted = converted.resize((size, size), Image.Resampling.BILINEAR)
@@ -279,6 +287,13 @@ def decode(row: Row, channels: int | str = "auto", size: int | None = None) -> n
         raise
     except Exception as error:  # Pillow's readers raise of every family on damaged files
         raise DataError(f"{row.where}: not a readable image: {_short(error)}") from None
+
+
+def _is_grey(image: Any) -> bool:
+    if image.mode in ("P", "PA"):
+        colours = np.array(image.getpalette("RGB")).reshape(-1, 3)
+        return bool((colours == colours[:, :1]).all())
+    return image.mode in ("1", "L", "LA", "La")
 
 
 def _image(content: bytes | Path | npt.NDArray[np.uint8]) -> Any:
