@@ -13,6 +13,8 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.nn.functional as F
@@ -262,6 +264,16 @@ def test_weighted_loss_is_torchs_weighted_mean(tmp_path: Path) -> None:
     assert "weights" not in module.evaluation_batches("val", 0)[0]
 
 
+@pytest.mark.parametrize("mixup", [0.0, 0.4])
+def test_the_total_is_the_sum_of_the_weights(tmp_path: Path, mixup: float) -> None:
+    write_idx_set(tmp_path / "set", random_images(30), [0] * 20 + [1] * 7 + [2] * 3)
+    module = prepared_images(
+        tmp_path / "set", tmp_path / "run", image_plan(micro=16), mixup=mixup, class_weights="balanced"
+    )
+    batch = module.train_batches(0)[0]
+    assert batch["total"] == batch["weights"].double().sum().item(), "to the last bit"
+
+
 def test_balanced_weights() -> None:
     weights = balanced_weights(np.array([0, 0, 0, 1]), 3)
     assert weights[:2].tolist() == pytest.approx([4 / 9, 4 / 3])
@@ -326,16 +338,13 @@ def test_a_label_that_no_training_image_has(tmp_path: Path) -> None:
     write_idx_set(tmp_path, random_images(12), labels_of(12))
     write_idx_set(tmp_path, random_images(4), [0, 1, 3, 2], "t10k")
     with pytest.raises(
-        DataError, match=r"t10k-images-idx3-ubyte image 3: label 3 is outside of the 3 classes \(0 to 2\)"
+        DataError, match=r"t10k-images-idx3-ubyte image 3: class 3 is none of those of the training images \(0, 1, 2\)"
     ):
         prepared_images(tmp_path, tmp_path / "run")
 
 
 @pytest.mark.parametrize("label", [-1, 3])
 def test_a_label_outside_of_the_declared_classes(tmp_path: Path, label: int) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     file = write_parquet(tmp_path / "a.parquet", [png(i) for i in random_images(4)], [0, 1, 2, 0], NAMES)
     table = pq.read_table(file)
     pq.write_table(table.set_column(1, table.schema.field("label"), pa.array([0, label, 2, 0])), file)

@@ -10,7 +10,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,13 +20,14 @@ import numpy.typing as npt
 from lm_train import signals
 from lm_train.data.batches import Integers, Split
 from lm_train.data.cache import cache_folder, locked, writing
+from lm_train.data.classes import class_names
 from lm_train.data.image_files import Row, Rows, decode
 from lm_train.data.image_source import ImageSource
 from lm_train.data.splits import Digests, digest_of
 from lm_train.errors import DataError
 from lm_train.recipe import ImageData
 
-_FORMAT = "1"
+_FORMAT = "2"
 _TOGETHER = 512
 """Images that are checked, summed up and written at a time."""
 _MOST_CLASSES = 100_000
@@ -137,7 +138,7 @@ def _ordered(source: ImageSource) -> Iterator[Split]:
 
 
 def _write_split(folder: Path, split: Split, rows: Rows, form: _Form, classes: _Classes) -> int:
-    labels: list[int | str] = []
+    labels: list[str] = []
     where: list[str] = []
     digests: list[int] = []
     sums: list[npt.NDArray[np.uint64]] = []
@@ -207,42 +208,47 @@ def _colours(channels: int) -> str:
     return "grey" if channels == 1 else "coloured" if channels == 3 else f"of {channels} channels"
 
 
-@dataclass
 class _Classes:
-    """The names of the classes: as declared, or as the training split has them."""
+    """The classes of a set.
 
-    names: tuple[str, ...] | None
-    fixed: bool = field(init=False)
+    Args:
+        declared: their names as the source has them; a label that is a number then counts them. None: the labels of the
+            training split are the classes, and a number is a name like any other.
+    """
 
-    def __post_init__(self) -> None:
-        self.fixed = self.names is not None
-        self._numbers = self._by_name()
+    def __init__(self, declared: tuple[str, ...] | None) -> None:
+        self.declared = declared is not None
+        self.names = declared
+        self._numbers = _numbered(declared or ())
 
-    def checked(self, row: Row, split: Split) -> int | str:
-        """The label of a row, if it can be a class."""
+    def checked(self, row: Row, split: Split) -> str:
+        """The name of a row's class."""
         label = row.label
-        if isinstance(label, int):
-            most = len(self._numbers) if self.fixed else _MOST_CLASSES
-            if 0 <= label < most:
-                return label
-            limit = f"{most:,} classes (0 to {most - 1:,})"
-            why = f" that the training split has; {split} images may have no others" if split != "train" else ""
-            raise DataError(f"{row.where}: label {label} is outside of the {limit}{why}")
-        if self.fixed and label not in self._numbers:
-            shown = ", ".join((self.names or ())[:8]) + (", ..." if len(self.names or ()) > 8 else "")
+        if isinstance(label, int) and self.declared:
+            assert self.names is not None
+            if 0 <= label < len(self.names):
+                return self.names[label]
+            most = len(self.names)
+            raise DataError(f"{row.where}: label {label} is outside of the {most:,} classes (0 to {most - 1:,})")
+        if isinstance(label, int) and label < 0:  # how the hub's unlabelled images say so
+            raise DataError(f"{row.where}: label {label} is no class; leave images without a class out")
+        if self.names is not None and str(label) not in self._numbers:
+            shown = ", ".join(self.names[:8]) + (", ..." if len(self.names) > 8 else "")
             raise DataError(f"{row.where}: class {label!r:.60} is none of those of the training images ({shown})")
-        return label
+        return str(label)
 
-    def numbers(self, labels: list[int | str]) -> Integers:
-        """The labels of a split as numbers, (n,); the first split to come fixes the classes."""
-        if not self.fixed:
-            whole = [label for label in labels if isinstance(label, int)]
-            if whole and len(whole) < len(labels):
-                raise DataError("some labels are numbers and some are text; write all in one way")
-            named = {label for label in labels if isinstance(label, str)}
-            self.names = tuple(map(str, range(max(whole) + 1))) if whole else tuple(sorted(named))
-            self.fixed, self._numbers = True, self._by_name()
-        return np.array([self._numbers[x] if isinstance(x, str) else x for x in labels], dtype=np.int64)
+    def numbers(self, labels: list[str]) -> Integers:
+        """The classes of a split as numbers, (n,); the first split to come fixes them."""
+        if self.names is None:
+            self.names = class_names(labels)
+            if len(self.names) > _MOST_CLASSES:
+                raise DataError(
+                    f"{len(self.names):,} different labels such as {self.names[0]!r:.60} are too many for classes; name another "
+                    "column with data.label_column="
+                )
+            self._numbers = _numbered(self.names)
+        return np.array([self._numbers[label] for label in labels], dtype=np.int64)
 
-    def _by_name(self) -> dict[str, int]:
-        return {name: number for number, name in enumerate(self.names or ())}
+
+def _numbered(names: tuple[str, ...]) -> dict[str, int]:
+    return {name: number for number, name in enumerate(names)}

@@ -14,6 +14,7 @@ import numpy as np
 from lm_train import signals
 from lm_train.data.batches import Split
 from lm_train.data.cache import cache_folder, write_text
+from lm_train.data.classes import class_names
 from lm_train.data.hub import find_dataset, out_of_reach, quiet_datasets
 from lm_train.data.image_files import (
     SUFFIXES,
@@ -28,7 +29,7 @@ from lm_train.data.image_files import (
     parquet_rows,
     table_rows,
 )
-from lm_train.data.source import digest_of_parts, files_inside, split_of
+from lm_train.data.source import digest_of_parts, files_inside, is_hidden, split_of
 from lm_train.data.splits import digest_of, divide
 from lm_train.errors import DataError, OutputError
 from lm_train.recipe import ImageData
@@ -94,7 +95,7 @@ def _by_name(rows: Rows, names: Names, others: Names) -> Rows:
 def _local(path: Path, section: ImageData) -> ImageSource:
     if not path.is_dir():
         return _files([path], path, section)
-    loose = [p for p in sorted(path.iterdir()) if p.is_file() and not p.name.startswith(".")]
+    loose = [p for p in sorted(path.iterdir()) if p.is_file() and not is_hidden(p.name)]
     if any(file_kind(file) for file in loose):
         return _files(loose, path, section)
     files = files_inside(path)
@@ -151,19 +152,19 @@ def _class_folders(path: Path) -> ImageSource:
     files = {split: [item for root in roots for item in _of_classes(root)] for split, roots in sorted(splits.items())}
     every = [file for items in files.values() for _, file in items]
     places = [f"{split}/{file.relative_to(path)}" for split, items in files.items() for _, file in items]
-    classes = tuple(sorted({name for name, _ in files.get("train", next(iter(files.values())))}))
+    classes = class_names(name for name, _ in files.get("train", next(iter(files.values()))))
     rows: dict[Split, Rows] = {split: _folder_rows(items) for split, items in files.items()}
     return ImageSource(str(path), digest_of_parts(*places, _contents(every)), rows, classes, note)
 
 
 def _folders(path: Path) -> list[Path]:
-    return sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
+    return sorted(p for p in path.iterdir() if p.is_dir() and not is_hidden(p.name))
 
 
 def _of_classes(root: Path) -> Iterator[tuple[str, Path]]:
     """Class and file of each image under a folder of class folders."""
     for loose in sorted(root.iterdir()):
-        if loose.is_file() and loose.suffix.lower() in SUFFIXES:
+        if loose.is_file() and loose.suffix.lower() in SUFFIXES and not is_hidden(loose.name):
             raise DataError(f"{loose}: an image outside of the class folders; move it into its class")
     for folder in _folders(root):
         inside = files_inside(folder)

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from lm_train.data.augment import Draws, change, crop_and_flip, mixup_partners
 from lm_train.data.batches import Batch, EvaluationBatches, Integers, SampleBatches, Samples, Split
-from lm_train.data.classes import balanced_weights
+from lm_train.data.classes import balanced_weights, check_classes, total_weight
 from lm_train.data.image_cache import StoredImages, StoredSplit, cache_name, stored_images
 from lm_train.data.image_source import open_images
 from lm_train.data.module import DataModule
@@ -125,9 +125,9 @@ class TrainingImages(ImageSamples):
             return float(len(samples))
         own = self.weights[self.labels[samples]]
         if not self.section.mixup:
-            return float(own.sum())
+            return total_weight(own)
         partners, share = self._partners(samples, epochs)
-        return float((share * own + (1 - share) * self.weights[self.labels[partners]]).sum())
+        return total_weight(share * own + (1 - share) * self.weights[self.labels[partners]])
 
     def _changed(self, samples: Integers, epochs: Integers) -> Tensor:
         draws = Draws(self.seed, samples, epochs)
@@ -180,15 +180,23 @@ class ImageDataModule(DataModule):
         parts, rule = self._parts(stored)
         self.fingerprint = digest_of_parts(cache_name(source, section), *rule)
         self.facts = DataFacts(input_shape=stored.shape, n_outputs=len(stored.class_names))
-        self._check(stored, len(parts["train"][1]))
         train, numbers = parts["train"]
+        self._check(stored, len(numbers))
+        check_classes(stored.class_names, train.labels[numbers], self.label, "images")
         self.normalisation = Normalisation.of(train.sums[numbers], stored.shape)
         labels, k = train.labels[numbers], len(stored.class_names)
         weights = balanced_weights(labels, k) if section.class_weights == "balanced" else None
         self.samples = {split: ImageSamples(*part, self.normalisation) for split, part in parts.items()}
         self.samples["train"] = TrainingImages(train, numbers, self.normalisation, section, self.seed, weights, k)
         if self._is_primary:
-            _report([source.note] if source.note else [], parts)
+            notes = [source.note] if source.note else []
+            if "val" in stored.splits and section.folds is not None:
+                given = len(stored.splits["val"].labels)
+                notes.append(
+                    f"{self.label}: its own validation split ({given:,} images) is not used, since data.folds={section.folds} "
+                    "validates on parts of the training images"
+                )
+            _report(notes, parts)
 
     def _parts(self, stored: StoredImages) -> tuple[dict[Split, tuple[StoredSplit, Integers]], list[str]]:
         """Of each split, where its images lie and which they are; and the rule by which they were chosen."""

@@ -32,8 +32,9 @@ def divide(
     """Numbers of the training and of the validation samples, each in ascending order.
 
     The choice depends on the contents alone: it is the same in whatever order the samples stand, and equal contents come to
-    the same side. Of each class the same share validates, and something of each trains: a class of one sample in every fold.
-    Folds are dealt out class after class, each going on where the last one ended, so that they differ by one content at most.
+    the same side. Of each class the same share validates, at least one of two, and something of each trains: a class of one
+    sample in every fold. Folds are dealt out class after class, each going on where the last one ended, so that they differ
+    by one content at most.
 
     Args:
         digests: of each sample's content, (n,).

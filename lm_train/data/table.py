@@ -14,6 +14,7 @@ import torch
 from torch.utils.data import Dataset
 
 from lm_train.data.batches import Batch, EvaluationBatches, Integers, SampleBatches, Samples, Split
+from lm_train.data.classes import class_names
 from lm_train.data.module import DataModule
 from lm_train.data.preprocessing import (
     Cells,
@@ -201,10 +202,7 @@ class TableDataModule(DataModule):
             raise DataError(f"{self.label}: target {target!r} has {what}, not classes; set data.task=regression")
         if len(found) < 2:
             raise DataError(f"{self.label}: target {target!r} is {next(iter(found))!r} in every training row")
-        if None in numbers:
-            self.class_names = tuple(sorted(found))
-        else:
-            self.class_names = tuple(sorted(found, key=lambda name: (as_number(name), name)))
+        self.class_names = class_names(found)
 
     def _learn_values(self, cells: Cells, targets: list[str]) -> None:
         self._target_mean, scales = [], []

@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import Dataset
 
 from lm_train.data.batches import Batch, EvaluationBatches, Integers, SampleBatches, Samples, Split
-from lm_train.data.classes import balanced_weights
+from lm_train.data.classes import balanced_weights, total_weight
 from lm_train.data.labelled_texts import LabelledTexts, TokenisedTexts, counts_in_words, prepare_texts
 from lm_train.data.module import DataModule
 from lm_train.data.order import key_of, mix64
@@ -87,7 +87,7 @@ class TextSamples(SizedSamples):
     def total(self, samples: Integers, epochs: Integers) -> float:
         if self.weights is None:
             return float(len(samples))
-        return float(self.weights[self.texts.labels[samples]].astype(np.float32).sum(dtype=np.float64))
+        return total_weight(self.weights[self.texts.labels[samples]])
 
 
 class BucketBatches(SampleBatches):

@@ -91,7 +91,8 @@ class LabelledData(DataSection):
     """File or folder of validation samples; else the source's own validation split, else val_fraction of the training one."""
     test_path: Text | None = None
     val_fraction: Fraction = 0.1
-    """Share of the training samples that validates where there is no validation split; of each class alike."""
+    """Share of the training samples that validates where there is no validation split; of each class alike, and at least one of
+    each class that has two."""
     folds: Annotated[int, Field(ge=2, le=100)] | None = None
     """Cross-validation: so many runs, each validating on another part of the training samples; a class of one sample trains in
     all of them, and a validation split of the source's own is not used."""
