@@ -114,7 +114,7 @@ def test_missing_values_are_counted_by_column(tmp_path: Path, capsys: pytest.Cap
     assert len(opened(tmp_path, *words).samples["train"]) == 61
     assert "values missing in train rows: a 2, b 1; the training rows' mean" in capsys.readouterr().err
     assert len(opened(tmp_path, *words, "missing=drop").samples["train"]) == 58
-    assert "3 of 61 train rows lack a value and are left out (a 2, b 1)" in capsys.readouterr().err
+    assert "3 of 63 train rows lack a value and are left out (a 2, b 1)" in capsys.readouterr().err
     with pytest.raises(DataError, match=r"t.csv line 62: column 'a' has no value \(missing by column: a 2, b 1\)"):
         opened(tmp_path, *words, "missing=error")
 
@@ -140,6 +140,55 @@ def test_what_is_wrong_is_said_in_one_line(tmp_path: Path, fault: str) -> None:
     with pytest.raises(DataError, match=message) as caught:
         opened(tmp_path, path, *words)
     assert "\n" not in str(caught.value)
+
+
+def test_classes_are_the_texts_that_stand_in_the_file(tmp_path: Path) -> None:
+    texts = ("7", "007", "none", "NA", "nan")
+    path = written(tmp_path / "t.csv", "a,y", *(f"{i},{texts[i % 5]}" for i in range(60)))
+    data = opened(tmp_path, path, "global_batch_size=8")
+    assert set(data.class_names) == set(texts)
+    (tmp_path / "t.jsonl").write_text("".join(f'{{"a": {i}, "y": {("1", "1.0", "0")[i % 3]}}}\n' for i in range(60)))
+    assert opened(tmp_path, f"path={tmp_path / 't.jsonl'}").class_names == ("0", "1")
+
+
+def test_every_documented_word_is_a_missing_feature(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [f"{word},{i % 2}" for i, word in enumerate(("", "?", "NA", "n/a", "NaN", "NULL", "None"))]
+    opened(tmp_path, written(tmp_path / "t.csv", "a,y", *(f"{i},{i % 2}" for i in range(60)), *rows))
+    assert "values missing in train rows: a 7;" in capsys.readouterr().err
+
+
+def test_rows_are_equal_by_value(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = written(tmp_path / "t.csv", "a,g,y", *(f"{i},{'xy'[i % 2]},{i % 3}" for i in range(60)))
+    written(tmp_path / "test.csv", "a,g,y", "3.0, y,0", "4e0,x,1", "5,x,2")
+    opened(tmp_path, path, "val_fraction=0.01", f"test_path={tmp_path / 'test.csv'}")
+    said = capsys.readouterr().err
+    assert "2 of 3 test rows" in said or said.count("1 of 3 test rows") == 2
+
+
+@pytest.mark.parametrize("fold", [1, 2, 3])
+def test_a_class_of_one_row_trains_in_every_fold(fold: int, tmp_path: Path) -> None:
+    path = written(tmp_path / "t.csv", "a,y", *(f"{i},{i % 2}" for i in range(60)), "60,rare")
+    data = opened(tmp_path, path, "folds=3", f"fold={fold}")
+    assert 2 in data.samples["train"].labels  # type: ignore[operator]
+    assert 2 not in data.samples["val"].labels  # type: ignore[operator]
+
+
+def test_a_row_that_is_left_out_is_not_its_classs_one_training_row(tmp_path: Path) -> None:
+    rows = [f"{i},{i % 2}" for i in range(60)]
+    for rare in ("60,rare", "61,rare", "62,rare"):
+        path = written(tmp_path / "t.csv", "a,y", *rows, rare, ",rare")
+        assert 2 in opened(tmp_path, path, "missing=drop").samples["train"].labels  # type: ignore[operator]
+
+
+def test_folds_say_that_the_sources_validation_rows_are_not_used(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "d").mkdir()
+    written(tmp_path / "d" / "train.csv", "a,y", *(f"{i},{i % 2}" for i in range(60)))
+    written(tmp_path / "d" / "val.csv", "a,y", *(f"{i},{i % 2}" for i in range(100, 107)))
+    data = opened(tmp_path, f"path={tmp_path / 'd'}", "folds=2", "fold=1", "global_batch_size=8")
+    assert len(data.samples["val"]) == 30
+    assert "its 7 validation rows are not used" in capsys.readouterr().err
 
 
 def test_a_class_of_test_rows_alone_is_named(tmp_path: Path) -> None:
@@ -247,6 +296,9 @@ def test_preprocessing_is_left_in_the_run_folder(tmp_path: Path) -> None:
 def test_contradictions_are_refused_before_anything_is_read() -> None:
     with pytest.raises(UsageError, match="a classification has one target, not a, b"):
         load(["recipe=tabular_debug", "data.target=[a, b]"])
+    for key in ("val_path", "test_path"):
+        with pytest.raises(UsageError, match=rf"data\.{key} without data\.path"):
+            load(["recipe=tabular_debug", f"data.{key}=rows.csv"])
     with pytest.raises(UsageError, match=r"column a is named in data\.target and data\.drop_columns"):
         load(["recipe=tabular_debug", "data.target=a", "data.drop_columns=[b, a]"])
 

@@ -17,7 +17,7 @@ from lm_train.recipe import TableData
 Numbers = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
 MISSING = frozenset({"", "?", "na", "n/a", "nan", "null", "none"})
-"""What a cell without a value holds, besides nothing; in upper or lower case."""
+"""What a cell without a value holds, besides nothing; in upper or lower case. `data.missing` documents the same words."""
 
 
 @dataclass(frozen=True)
@@ -84,9 +84,21 @@ class Cells:
 
 
 def is_missing(value: Any) -> bool:
+    """Whether a cell of a feature, or of a number to be predicted, has no value."""
+    return value.strip().lower() in MISSING if isinstance(value, str) else is_empty(value)
+
+
+def is_empty(value: Any) -> bool:
+    """Whether a cell holds nothing at all, not even a word for it."""
     if isinstance(value, str):
-        return value.strip().lower() in MISSING
+        return not value.strip()
     return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def holds_numbers(values: Sequence[Any]) -> bool:
+    """Whether at least half of the cells, of those with a value, are numbers."""
+    present = [value for value in values if not is_missing(value)]
+    return 2 * sum(as_number(value) is not None for value in present) >= len(present) > 0
 
 
 def as_number(value: Any) -> float | None:
@@ -125,10 +137,9 @@ class Preprocessing:
         found = cls([])
         for name in names:
             values = [value for value in cells.columns[name] if not is_missing(value)]
-            readable = sum(as_number(value) is not None for value in values)
             if not values:
                 found.unused[name] = "it is empty"
-            elif 2 * readable >= len(values):
+            elif holds_numbers(values):
                 found._learn_number(name, cells.numbers(name), section)
             else:
                 found._learn_text(name, values, section)
@@ -209,9 +220,12 @@ class Preprocessing:
         return {"columns": columns, "unused_columns": self.unused}
 
 
-def missing_by_column(cells: Cells, names: Sequence[str]) -> dict[str, Mask]:
-    """Of each column that lacks values: where, (n,)."""
-    found = {name: np.array([is_missing(value) for value in cells.columns[name]], dtype=bool) for name in names}
+def missing_by_column(cells: Cells, names: Sequence[str], classes: str | None = None) -> dict[str, Mask]:
+    """Of each column that lacks values: where, (n,). In the column of `classes` only an empty cell lacks one."""
+    found = {}
+    for name in names:
+        lacks = is_empty if name == classes else is_missing
+        found[name] = np.array([lacks(value) for value in cells.columns[name]], dtype=bool)
     return {name: mask for name, mask in found.items() if mask.any()}
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,6 +21,8 @@ from lm_train.data.preprocessing import (
     Cells,
     Preprocessing,
     as_number,
+    holds_numbers,
+    is_empty,
     is_missing,
     missing_by_column,
     scaling_of,
@@ -101,8 +104,8 @@ class TableDataModule(DataModule):
         self._notes = []
         targets, names = self._columns(table)
         self._targets = targets
-        splits = self._divided(table, targets, names)
-        splits = {split: self._without_missing(split, cells, targets, names) for split, cells in splits.items()}
+        complete = {s: self._without_missing(s, cells, targets, names) for s, cells in table.splits.items()}
+        splits = self._divided(table._replace(splits=complete), targets, names)
         self.preprocessing = Preprocessing.learn(splits["train"], names, section)
         if section.outliers == "drop":
             splits["train"] = self._without_outliers(splits["train"])
@@ -137,9 +140,17 @@ class TableDataModule(DataModule):
 
     def _divided(self, table: Table, targets: list[str], names: list[str]) -> dict[Split, Cells]:
         section, splits = self.section, dict(table.splits)
-        digests = {split: _digests(cells, (*names, *targets)) for split, cells in splits.items()}
+        numbers = {name for name in (*names, *targets) if holds_numbers(splits["train"].columns[name])}
+        if section.task == "classification":
+            numbers -= set(targets)
+        digests = {split: _digests(cells, (*names, *targets), numbers) for split, cells in splits.items()}
+        if section.folds is not None and "val" in splits:
+            self._notes.append(
+                f"its {len(splits.pop('val')):,} validation rows are not used: data.folds validates on training rows"
+            )
+            del digests["val"]
         rule: list[object] = []
-        if "val" not in splits or section.folds is not None:
+        if "val" not in splits:
             cells = splits["train"]
             train, val = divide(digests["train"], _strata(cells, section, targets), section)
             rule = [section.val_fraction, section.folds, section.fold]
@@ -158,7 +169,8 @@ class TableDataModule(DataModule):
 
     def _without_missing(self, split: Split, cells: Cells, targets: list[str], names: list[str]) -> Cells:
         """Says what is missing; leaves out, or ends at, rows that are to be left out or to end the run."""
-        missing = missing_by_column(cells, [*names, *targets])
+        classes = targets[0] if self.section.task == "classification" else None
+        missing = missing_by_column(cells, [*names, *targets], classes)
         if not missing:
             return cells
         counted = ", ".join(f"{name} {int(mask.sum())}" for name, mask in missing.items())
@@ -195,7 +207,7 @@ class TableDataModule(DataModule):
     def _learn_classes(self, cells: Cells, targets: list[str]) -> None:
         (target,) = targets
         found = {_class_name(value) for value in cells.columns[target]}
-        numbers = [as_number(name) for name in found]
+        numbers = [number if number is not None and math.isfinite(number) else None for number in map(as_number, found)]
         fractions = [number for number in numbers if number is not None and not number.is_integer()]
         if fractions or len(found) > MOST_CLASSES:
             what = f"numbers such as {fractions[0]:g}" if fractions else f"{len(found):,} different values"
@@ -310,7 +322,7 @@ def _embedded(section: TableData) -> Table:
     columns = {str(n): bunch.data[:, i].tolist() for i, n in enumerate(bunch.feature_names)}
     columns["target"] = [str(bunch.target_names[t]) for t in bunch.target] if classifies else bunch.target.tolist()
     cells = Cells(columns, [f"{name} row {i}" for i in range(1, len(bunch.target) + 1)])
-    digests = _digests(cells, list(columns))
+    digests = _digests(cells, list(columns), set(columns) - ({"target"} if classifies else set()))
     rest, test = divide(digests, bunch.target if classifies else None, TableData(val_fraction=TEST_FRACTION))
     splits: dict[Split, Cells] = {"train": cells.rows(rest), "test": cells.rows(test)}
     return Table(f"scikit-learn's {name} set", digest_of_parts(name, str(digests.tolist())), splits)
@@ -324,9 +336,19 @@ def _check_column(name: str, columns: list[str], where: str, key: str) -> None:
     raise DataError(f"{where}: no column {name!r}; it has {', '.join(columns)}{hint}")
 
 
-def _digests(cells: Cells, names: Sequence[str]) -> Digests:
-    chosen = [cells.columns[name] for name in names]
-    return np.array([digest_of(*(repr(v).encode() for v in row)) for row in zip(*chosen, strict=True)], dtype=np.uint64)
+def _digests(cells: Cells, names: Sequence[str], numbers: Collection[str]) -> Digests:
+    """Of each row as the network will see it: `1` and `1.0` are equal in a column of numbers."""
+    chosen = [[_content(value, name in numbers) for value in cells.columns[name]] for name in names]
+    return np.array([digest_of(*row) for row in zip(*chosen, strict=True)], dtype=np.uint64)
+
+
+def _content(value: Any, is_number: bool) -> bytes:
+    if not is_number:
+        return repr("" if is_empty(value) else _class_name(value)).encode()
+    number = None if is_missing(value) else as_number(value)
+    if number is not None:
+        return repr(number + 0.0).encode()  # -0.0 is 0.0
+    return b"" if is_missing(value) else repr(str(value).strip()).encode()
 
 
 def _strata(cells: Cells, section: TableData, targets: list[str]) -> Integers | None:
@@ -338,10 +360,10 @@ def _strata(cells: Cells, section: TableData, targets: list[str]) -> Integers | 
 
 
 def _class_name(value: Any) -> str:
-    """Of a cell; `1` and `1.0` are one class."""
-    if is_missing(value):
+    """Of a cell: a text as it stands (`007` is not `7`); the typed numbers 1 and 1.0 are one class."""
+    if is_empty(value):
         return ""
-    number = as_number(value) if not isinstance(value, bool) else None
+    number = as_number(value) if not isinstance(value, bool | str) else None
     if number is not None and number.is_integer():
         return str(int(number))
     return str(value).strip()

@@ -226,8 +226,9 @@ class TableData(LabelledData):
     drop_columns: Columns = ()
     """Columns that the network does not see, such as a row's number."""
     missing: Literal["mean", "median", "drop", "error"] = "mean"
-    """Of missing numbers (nothing, NA, NaN, null, ?): the training rows' mean or median takes their place, their rows are left
-    out, or the run ends. A missing text counts as a value that is not known."""
+    """Of missing numbers: the training rows' mean or median takes their place, their rows are left out, or the run ends. A
+    missing text counts as a value that is not known. Missing is an empty cell, and one that holds ?, NA, N/A, NaN, null or
+    None, in upper or lower case; in the target of a classification an empty cell alone, as `none` may be a class."""
     outliers: Literal["keep", "clip", "drop"] = "keep"
     """Of numbers far from the others: brought to the limit, or, of training rows, left out."""
     outlier_rule: Literal["deviations", "iqr"] = "deviations"
@@ -248,6 +249,9 @@ class TableData(LabelledData):
                     f"a classification has one target, not {', '.join(targets)}; name one, or set data.task=regression",
                 )
             )
+        for key in ("val_path", "test_path"):
+            if self.path is None and getattr(self, key) is not None:
+                found.append(((key, "path"), f"data.{key} without data.path; give data.path too, or drop data.{key}"))
         both = sorted(set(targets) & set(self.drop_columns))
         if both:
             found.append(
