@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lm_train import launch, runs
-from lm_train.errors import ExitCode, LMTrainError, OutputError, UsageError
+from lm_train.errors import DataError, ExitCode, LMTrainError, OutputError, UsageError
 from lm_train.output import aligned
 from lm_train.recipe import LabelledData, Recipe
 from lm_train.runs import RunFolder
@@ -80,9 +80,16 @@ def _compare(runs_dir: Path, name: str, folds: int) -> None:
     """Prints the table, writes the file, and prints its name.
 
     Raises:
+        DataError: if a fold has validated nothing; there is nothing to compare.
         OutputError: if it cannot be written.
     """
     found = [_last_evaluations(RunFolder(runs_dir / fold_name(name, fold))) for fold in range(1, folds + 1)]
+    for fold, metrics in enumerate(found, 1):
+        if not any(key.startswith("val/") for key in metrics):
+            raise DataError(
+                f"fold {fold} of {folds} ({runs_dir / fold_name(name, fold)}) has validated nothing, so that the folds cannot "
+                "be compared; start the series anew with another name="
+            )
     shared = [key for key in found[0] if all(key in metrics for metrics in found)]
     summary = {key: mean_and_deviation([metrics[key] for metrics in found]) for key in shared}
     for split in SPLITS:

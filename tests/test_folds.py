@@ -107,6 +107,24 @@ def test_a_fold_that_does_not_end_ends_the_series(
     assert len(trained) == 1
 
 
+def test_a_fold_that_validated_nothing_is_named(
+    tmp_path: Path, trained: list[Recipe], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole: Callable[[Recipe, str], int] = folds.launch.train
+
+    def without_third(recipe: Recipe, series: str) -> int:
+        code = whole(recipe, series)
+        if recipe.data.fold == 3:
+            RunFolder(tmp_path / str(recipe.name)).metrics.write_text('{"step": 1, "train/loss": 1.0}\n')
+        return code
+
+    monkeypatch.setattr(folds.launch, "train", without_third)
+    with pytest.raises(DataError, match=r"fold 3 of 3 .*trial-fold-3\) has validated nothing"):
+        train_folds(asked(tmp_path, "name=trial"))
+    assert capsys.readouterr().out == ""
+    assert not (tmp_path / "trial-folds.json").exists()
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

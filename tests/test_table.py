@@ -94,6 +94,30 @@ def test_a_limit_comes_from_training_rows_alone() -> None:
     assert found[:, 0].tolist() == [25 - 50, 50, 75 + 50]  # quartiles 25 and 75, one range of 50 beyond them
 
 
+@pytest.mark.parametrize("outliers", ["clip", "drop"])
+def test_a_column_whose_quartiles_coincide_keeps_its_values(
+    outliers: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [f"{max(0, i - 79)},{i},{i % 2}" for i in range(100)]  # 80 zeros and 1 to 20
+    path = written(tmp_path / "t.csv", "seldom,a,y", *rows)
+    data = opened(tmp_path, path, f"outliers={outliers}", "outlier_rule=iqr", "outlier_limit=1.5")
+    seldom = data.samples["train"].inputs[:, 0]
+    assert len(np.unique(seldom)) > 15
+    assert (seldom.mean(), seldom.std()) == (pytest.approx(0, abs=1e-6), pytest.approx(1))
+    assert "the quartiles of seldom are one value" in capsys.readouterr().err
+    facts = json.loads(json.dumps(data.preprocessing.facts(), allow_nan=False))
+    assert facts["columns"][0]["low"] is None
+
+
+def test_a_column_that_is_constant_without_the_outliers_is_left_out() -> None:
+    flag, values = [0.0] * 98 + [1.0] * 2, [float(i) for i in range(98)] + [1e6] * 2
+    section = TableData(outliers="drop", outlier_rule="iqr", outlier_limit=3.0)
+    learnt = Preprocessing.learn(Cells({"flag": flag, "a": values}, [""] * 100), ["flag", "a"], section)
+    assert learnt.unused == {"flag": "it is 0 in every training row without its outliers"}
+    (column,) = learnt.columns
+    assert column.shift == pytest.approx(np.mean(values[:98]))  # type: ignore[union-attr]
+
+
 def test_texts_are_one_hot_and_unknown_ones_all_zeros(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "d").mkdir()
     written(tmp_path / "d" / "train.csv", "x,colour,y", *(f"{i},{'rgb'[i % 3]},{i % 2}" for i in range(60)))

@@ -121,6 +121,10 @@ class Preprocessing:
     columns: list[Column]
     unused: dict[str, str] = field(default_factory=dict)
     """Columns that carry nothing, with the reason."""
+    limits: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """Of each column of numbers that is not constant: what lies outside is an outlier."""
+    unlimited: list[str] = field(default_factory=list)
+    """Columns in which data.outlier_rule=iqr finds no outliers, because their quartiles are one value."""
 
     @classmethod
     def learn(cls, cells: Cells, names: Sequence[str], section: TableData) -> Preprocessing:
@@ -135,30 +139,47 @@ class Preprocessing:
             DataError: naming row and column.
         """
         found = cls([])
+        is_number = {name: holds_numbers(cells.columns[name]) for name in names}
+        fills = {name: found._learn_limits(name, cells.numbers(name), section) for name in names if is_number[name]}
+        if section.outliers == "drop":
+            outlying = found.outlying(cells)
+            cells = cells if outlying.all() else cells.rows(np.flatnonzero(~outlying))
         for name in names:
             values = [value for value in cells.columns[name] if not is_missing(value)]
+            if name in found.unused:
+                continue
             if not values:
                 found.unused[name] = "it is empty"
-            elif holds_numbers(values):
-                found._learn_number(name, cells.numbers(name), section)
+            elif is_number[name]:
+                found._learn_number(name, cells.numbers(name), fills[name], section)
             else:
                 found._learn_text(name, values, section)
         if not found.columns:
             raise DataError("no column is left that carries anything; " + found.reasons())
         return found
 
-    def _learn_number(self, name: str, values: Numbers, section: TableData) -> None:
+    def _learn_limits(self, name: str, values: Numbers, section: TableData) -> float:
+        """What a missing value becomes."""
         present = values[~np.isnan(values)]
         fill = float(np.median(present) if section.missing == "median" else present.mean())
         if present.min() == present.max():
             self.unused[name] = f"it is {present[0]:g} in every training row"
-            return
+            return fill
+        low, high = _bounds(np.where(np.isnan(values), fill, values), section)
+        if section.outliers != "keep" and section.outlier_rule == "iqr" and low == high:
+            self.unlimited.append(name)
+            low, high = -math.inf, math.inf
+        self.limits[name] = low, high
+        return fill
+
+    def _learn_number(self, name: str, values: Numbers, fill: float, section: TableData) -> None:
+        low, high = self.limits[name]
         filled = np.where(np.isnan(values), fill, values)
-        low, high = _bounds(filled, section)
         if section.outliers == "clip":
             filled = filled.clip(low, high)
-        elif section.outliers == "drop":
-            filled = filled[(filled >= low) & (filled <= high)]
+        if filled.min() == filled.max():
+            self.unused[name] = f"it is {filled[0]:g} in every training row without its outliers"
+            return
         shift, scale = scaling_of(filled, section.scaling)
         self.columns.append(NumberColumn(name, fill, low, high, shift, scale))
 
@@ -186,10 +207,9 @@ class Preprocessing:
     def outlying(self, cells: Cells) -> Mask:
         """Which rows have an outlier, (n,)."""
         found = np.zeros(len(cells), dtype=bool)
-        for column in self.columns:
-            if isinstance(column, NumberColumn):
-                values = cells.numbers(column.name)  # a comparison with NaN is false
-                found |= (values < column.low) | (values > column.high)
+        for name, (low, high) in self.limits.items():
+            values = cells.numbers(name)  # a comparison with NaN is false
+            found |= (values < low) | (values > high)
         return found
 
     def apply(self, cells: Cells, clip: bool) -> tuple[npt.NDArray[np.float32], int]:
@@ -215,8 +235,10 @@ class Preprocessing:
         return np.concatenate(parts, axis=1).astype(np.float32), unknown
 
     def facts(self) -> dict[str, Any]:
-        """For a file: what another program needs to treat a row alike."""
+        """For a file: what another program needs to treat a row alike; a limit of null is none."""
         columns = [asdict(c) | {"type": "number" if isinstance(c, NumberColumn) else "text"} for c in self.columns]
+        for facts in columns:
+            facts |= {key: None for key in ("low", "high") if math.isinf(facts.get(key, 0.0))}
         return {"columns": columns, "unused_columns": self.unused}
 
 

@@ -120,6 +120,11 @@ class TableDataModule(DataModule):
         if self._is_primary:
             if self.preprocessing.unused:
                 self._notes.append(self.preprocessing.reasons())
+            if self.preprocessing.unlimited:
+                self._notes.append(
+                    f"the quartiles of {', '.join(self.preprocessing.unlimited)} are one value, by which data.outlier_rule=iqr "
+                    "finds no limits; left as it is"
+                )
             for note in self._notes:
                 print(f"{self.label}: {note}", file=sys.stderr, flush=True)
 
