@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from lm_train import models
 from lm_train.errors import DataError, UsageError
 from lm_train.hardware import Machine
-from lm_train.models.batch_norm import BatchNorm2d
+from lm_train.models.batch_norm import BatchNorm2d, over_all_processes
 from lm_train.plan import DataFacts, flops_per_sample, make_plan, parameter_shapes
 from lm_train.recipe import load
 
@@ -126,6 +127,33 @@ class TestBatchNorm:
             torch.testing.assert_close(mine(x), theirs(x), rtol=0, atol=0)
         torch.testing.assert_close(mine.state_dict(), theirs.state_dict(), rtol=0, atol=0)
         torch.testing.assert_close(mine.eval()(x), theirs.eval()(x), rtol=0, atol=0)
+
+    @pytest.mark.parametrize("options", [{}, {"affine": False}, {"momentum": None}, {"track_running_stats": False}])
+    @pytest.mark.parametrize(("kind", "shape"), [(nn.BatchNorm1d, (6, 5)), (nn.BatchNorm1d, (6, 5, 3)),
+                                                 (nn.BatchNorm3d, (2, 5, 3, 2, 2))])  # fmt: skip
+    def test_torchs_own_are_taken_over_as_they_are(
+        self, monkeypatch: pytest.MonkeyPatch, kind: Any, shape: tuple[int, ...], options: dict[str, Any]
+    ) -> None:
+        """Also by the way of several processes, where the other one's sums are nothing."""
+        theirs = kind(5, **options)
+        mine = over_all_processes(nn.Sequential(copy.deepcopy(theirs)))[0]  # type: ignore[index]
+        for several in (False, True):
+            if several:
+                monkeypatch.setattr(dist, "is_initialized", lambda: True)
+                monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+                monkeypatch.setattr(dist, "all_reduce", lambda totals: None)
+            bounds = {"rtol": 1e-5, "atol": 1e-5} if several else {"rtol": 0, "atol": 0}
+            x = (torch.randn(shape) * 3 + 1).requires_grad_()
+            y = x.detach().clone().requires_grad_()
+            weights = torch.randn(shape)
+            for norm, given in ((mine, x), (theirs, y)):
+                (norm.train()(given) * weights).sum().backward()
+            torch.testing.assert_close(x.grad, y.grad, **bounds)
+            torch.testing.assert_close(mine.state_dict(), theirs.state_dict(), **bounds)
+            torch.testing.assert_close(
+                [p.grad for p in mine.parameters()], [p.grad for p in theirs.parameters()], **bounds
+            )
+            torch.testing.assert_close(mine.eval()(x), theirs.eval()(x), **bounds)
 
     def test_running_statistics_outlast_every_cast(self) -> None:
         norm = BatchNorm2d(3)

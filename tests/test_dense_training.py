@@ -147,6 +147,41 @@ def test_a_resumed_run_goes_on_with_the_same_statistics(ranks: Ranks, tmp_path: 
     assert not torch.equal(at_six["stem.norm.running_mean"], expected["stem.norm.running_mean"])
 
 
+def someone_elses(monkeypatch: pytest.MonkeyPatch, args: str = "{}") -> str:
+    monkeypatch.setenv("LM_TRAIN_PLUGINS", "tests")
+    return f'model={{kind: custom, factory: "tests.custom_parts:normalised_classifier", args: {args}}}'
+
+
+@pytest.mark.parametrize(
+    "strategy", ["ddp", *(pytest.param(s, marks=pytest.mark.slow) for s in ("fsdp", "zero2", "zero3"))]
+)
+def test_someone_elses_batch_norm_means_the_same_on_two_processes(
+    ranks: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strategy: str
+) -> None:
+    words = (someone_elses(monkeypatch), "optim={kind: sgd, learning_rate: 0.1, schedule: constant}")
+    one = small_run(tmp_path, "mlp_digits", *words, name="one")
+    both = small_run(tmp_path, "mlp_digits", *words, "trainer.devices=2", f"trainer.strategy={strategy}", name="both")
+    assert train(one) == ExitCode.DONE
+    ranks(strategy).run("run", folder=str(both.root))
+    largest = difference(curve(one), curve(both))
+    assert largest.loss <= LOSS_BOUND
+    assert largest.norm <= NORM_BOUND
+    torch.testing.assert_close(buffers_of(both), buffers_of(one), rtol=1e-5, atol=1e-6)
+
+
+def test_a_run_resumes_exactly_where_buffers_of_the_ranks_differ(
+    ranks: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = [someone_elses(monkeypatch, "{trace: true}"), "trainer.devices=2", "trainer.strategy=ddp"]
+    words += ["checkpoint.every_n_steps=6", "checkpoint.keep_last=3"]
+    whole = small_run(tmp_path, "mlp_digits", *words, name="whole")
+    rest = small_run(tmp_path, "mlp_digits", *words, name="rest")
+    ranks("ddp").run("run", folder=str(whole.root))
+    ranks("ddp").run("run", folder=str(rest.root), resume_from=str(whole.checkpoints / "step-6"))
+    assert curve(rest) == curve(whole)[6:]
+    torch.testing.assert_close(buffers_of(rest), buffers_of(whole), rtol=0, atol=0)
+
+
 def test_evaluation_uses_the_running_statistics() -> None:
     norm = BatchNorm2d(2)
     norm.running_mean += 3  # type: ignore[operator]

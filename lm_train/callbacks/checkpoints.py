@@ -18,6 +18,7 @@ from lm_train.errors import StopRequested
 from lm_train.loop import StepTrainer
 from lm_train.recipe import CheckpointSection
 from lm_train.runs import RunFolder, write_atomically
+from lm_train.strategy import take_buffers_of_first_rank
 
 MONITOR = "val/loss"
 """The metric of which the lowest value is best."""
@@ -91,6 +92,7 @@ class Checkpoints(L.Callback):
         self.metrics.pause()
         target = self.folder.checkpoints / f"step-{step}"
         state = {"step": step, **_state_of(trainer), **self.state()}
+        take_buffers_of_first_rank(module.net)
         views = checkpoint.views_of(module.net, trainer.optimizers[0], trainer.global_rank, trainer.world_size)
         checkpoint.save(target, views, state)
         if trainer.is_global_zero:

@@ -28,8 +28,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lm_train.checkpoint.randomness import random_state, set_random_state
-from lm_train.checkpoint.views import BUFFER, PARAM, View, Views, persistent_buffers
+from lm_train.checkpoint.views import BUFFER, PARAM, View, Views
 from lm_train.errors import CheckpointError, OutputError
+from lm_train.strategy.buffers import persistent_buffers
 
 FORMAT = 1
 

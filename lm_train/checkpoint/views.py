@@ -17,6 +17,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from lm_train.strategy.buffers import persistent_buffers
 from lm_train.strategy.fsdp import local_range
 
 PARAM, BUFFER = "param", "buffer"
@@ -258,16 +259,6 @@ def views_of(net: nn.Module, optimizer: Any, rank: int = 0, world: int = 1) -> V
         return ZeroThree(net, optimizer, rank, world)
     kind = Sharded if isinstance(net, FSDPModule) else Replicated
     return kind(net, optimizer, rank, world)
-
-
-def persistent_buffers(net: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    saved = {name for module_name, module in net.named_modules() for name in _saved_buffers(module_name, module)}
-    return ((name, buffer) for name, buffer in net.named_buffers() if name in saved)
-
-
-def _saved_buffers(prefix: str, module: nn.Module) -> Iterator[str]:
-    for name in module._buffers.keys() - module._non_persistent_buffers_set:
-        yield f"{prefix}.{name}" if prefix else name
 
 
 def slice_of(tensor: Tensor, rank: int, world: int) -> tuple[int, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from lm_train.models.batch_norm import over_all_processes
 from lm_train.models.bert import BERT
 from lm_train.models.cnn import CNN
 from lm_train.models.custom import build_custom
@@ -42,9 +43,9 @@ def build(section: AnyModel, plan: Plan, facts: DataFacts, initialise: bool = Tr
         case "resnet":
             return ResNet(section, *_sizes(facts), initialise)
         case "custom":
-            return build_custom(section, plan, facts)
+            return _theirs(build_custom(section, plan, facts), plan)
         case "hf":
-            return build_hf(section, plan, facts)
+            return _theirs(build_hf(section, plan, facts), plan)
         case "recurrent" if plan.task == "causal_lm":
             return RecurrentLanguageModel(section, _vocab_size(section.vocab_size, facts), chunks, initialise)
         case "recurrent":
@@ -57,6 +58,11 @@ def build(section: AnyModel, plan: Plan, facts: DataFacts, initialise: bool = Tr
         case "seq2seq":
             return Seq2Seq(section, _vocab_size(section.vocab_size, facts), checkpointing, chunks, initialise)
     raise AssertionError(section.kind)
+
+
+def _theirs(net: nn.Module, plan: Plan) -> nn.Module:
+    """Someone else's network; its batch norms mean the same on several processes as on one."""
+    return over_all_processes(net) if plan.world_size > 1 else net
 
 
 def _sizes(facts: DataFacts) -> tuple[tuple[int, ...], int]:

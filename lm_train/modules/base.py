@@ -17,7 +17,7 @@ from lm_train.errors import UsageError
 from lm_train.optim import build_optimizer, learning_rate
 from lm_train.plan import Plan
 from lm_train.recipe import AnyOptim
-from lm_train.strategy import FullySharded, Norm, Zero, clip_gradients
+from lm_train.strategy import FullySharded, Norm, Zero, clip_gradients, take_buffers_of_first_rank
 
 INPUTS = ("inputs", "tokens", "lengths")
 """Of a batch what goes into the network; the rest is what it is measured by."""
@@ -149,6 +149,7 @@ class TrainingModule(L.LightningModule, ABC):
         """Gives back what `saved_state` gave."""
 
     def on_validation_epoch_start(self) -> None:
+        take_buffers_of_first_rank(self.net)
         self.start_evaluation()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:

@@ -10,6 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lm_train.plan import Plan
 from lm_train.rendezvous import COLLECTIVE_TIMEOUT
+from lm_train.strategy.buffers import take_buffers_of_first_rank
 from lm_train.strategy.fsdp import FullySharded
 from lm_train.strategy.gradients import Norm, clip_gradients
 from lm_train.strategy.launched import LaunchedRank
@@ -40,7 +41,7 @@ def build_strategy(plan: Plan, weights: Weights) -> Strategy:
                 process_group_backend="nccl" if plan.accelerator == "gpu" else "gloo",
                 timeout=COLLECTIVE_TIMEOUT,
                 gradient_as_bucket_view=True,  # gradients live in the buckets: one copy of them less
-                **{_SYNC_BUFFERS: False},  # statistics are summed over the ranks where they are taken
+                **{_SYNC_BUFFERS: False},  # sums over the ranks make them equal; see strategy/buffers.py
             )
         case "fsdp":
             return FullySharded(plan, weights)
@@ -97,5 +98,6 @@ __all__ = [
     "is_sharded",
     "read_by",
     "shards_at_build",
+    "take_buffers_of_first_rank",
     "trainer_precision",
 ]
