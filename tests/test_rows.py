@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,8 @@ def test_cells_over_several_lines_count_lines(tmp_path: Path) -> None:
         ("a.csv", b"text,text\na,b\n", "line 1: two columns have the same name"),
         ("a.csv", b"text,label\n", "no rows"),
         ("a.csv", b"text,label\n\xff,b\n", "not UTF-8"),
+        ("a.csv", "text,label\na,b\n".encode("utf-16"), "iconv -f UTF-16 -t UTF-8"),
+        ("a.csv", b"\n  \ntext;label\na;b\n", "line 3: only one column, 'text;label'; the separator of a .csv must be"),
         ("a.tsv.gz", b"not gzip", "cannot be read"),
         ("a.jsonl", b'{"text": 1}\n{"text"\n', "line 2: not JSON"),
         ("a.jsonl", b"[1]\n", "line 1: expected an object"),
@@ -82,6 +85,20 @@ def test_what_cannot_be_read_names_its_place(tmp_path: Path, name: str, content:
     assert str(raised.value).startswith(str(tmp_path / name))
     assert message in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.csv", b"\ntext,label\n   \na,b\n"),
+        ("a.json", b'\xef\xbb\xbf[{"text": "a", "label": "b"}]'),
+        ("a.json", b" " * 100_000 + b'[{"text": "a", "label": "b"}]'),
+        ("a.json", b'\xef\xbb\xbf{"text": "a", "label": "b"}\n'),
+    ],
+)
+def test_blanks_and_byte_order_marks_are_nothing(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    assert [row for row, _ in read_rows(tmp_path / name)] == [{"text": "a", "label": "b"}]
 
 
 def test_a_missing_column_is_named_with_the_nearest() -> None:
@@ -115,6 +132,8 @@ def test_a_folder_for_each_class(tmp_path: Path, cache: Path, split: str) -> Non
         (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / place).write_text(f"about {place}")
     source = open_rows(str(tmp_path))
+    os.utime(tmp_path / "test/arts/9.txt", (1, 1))
+    assert open_rows(str(tmp_path)).fingerprint == source.fingerprint, "a copy is the same"
     assert source.columns == ("text", "label")
     assert [row["label"] for row, _ in source.splits["train"]()] == ["arts", "sport", "sport"]
     ((row, where),) = source.splits["test"]()

@@ -13,9 +13,10 @@ import torch
 from tokenizers import Tokenizer
 
 from lm_train.data import TextClassDataModule, build, documentation
+from lm_train.data.classes import class_names
 from lm_train.data.labelled_texts import LabelledTexts, prepare_texts
 from lm_train.data.text_classes import WINDOW, BucketBatches, TextSamples
-from lm_train.errors import CheckpointError, DataError
+from lm_train.errors import CheckpointError, DataError, UsageError
 from lm_train.plan import known_facts
 from lm_train.recipe import Recurrent, TextClassData, load
 from lm_train.runs import RunFolder
@@ -304,6 +305,32 @@ def test_what_a_start_without_a_checkpoint_left_is_written_anew(two_splits: Path
     now.leave(run)
     with pytest.raises(CheckpointError, match=r"tokenizer.json: the run began with other data"):
         module_of(two_splits, tokenizer="bytes").leave(run)
+
+
+@pytest.mark.parametrize("damage", [lambda file: file.unlink(), lambda file: file.write_bytes(b"PK\x03\x04torn")])
+@pytest.mark.parametrize("name", ["train.npz", "tokenizer.json", "meta.json"])
+def test_a_damaged_cache_is_made_again(two_splits: Path, cache: Path, name: str, damage: Any) -> None:
+    first = texts_of(two_splits)
+    damage(cache / "lm_train" / "texts" / first.fingerprint / name)
+    again = texts_of(two_splits)
+    np.testing.assert_array_equal(again.splits["train"].ids, first.splits["train"].ids)
+    assert again.tokenizer.to_str() == first.tokenizer.to_str()
+
+
+def test_folds_say_that_the_own_validation_split_is_not_used(two_splits: Path) -> None:
+    write(two_splits / "val.jsonl", rows_of(20, seed=2))
+    texts = texts_of(two_splits, folds=4, fold=1)
+    assert "data.folds: the source's own 20 validation texts are not used" in texts.remarks
+
+
+@pytest.mark.parametrize("word", ["min_frequency=3", "token_dropout=0.2"])
+def test_what_a_tokenizer_without_unknown_words_would_not_heed(word: str) -> None:
+    with pytest.raises(UsageError, match=f"{word.split('=')[0]}.*; set data.tokenizer=words:20000, or drop"):
+        load(["recipe=lstm_news", f"data.{word}", "data.tokenizer=bytes"])
+
+
+def test_a_class_of_two_dashes_is_a_name() -> None:
+    assert class_names(["--1", "-1", "2"]) == ("--1", "-1", "2")
 
 
 def test_the_embedded_set(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:

@@ -24,6 +24,7 @@ from lm_train.data.order import mix64
 from lm_train.data.rows import RowSource, cell, open_rows
 from lm_train.data.source import digest_of_parts
 from lm_train.data.splits import Digests, digest_of, divide, duplicates
+from lm_train.data.stored import read_stored
 from lm_train.data.tokenizer import (
     PADDING,
     UNKNOWN,
@@ -110,19 +111,15 @@ def prepare_texts(section: TextClassData) -> LabelledTexts:
     chosen = section.model_dump_json(include=_DECIDING)
     fingerprint = digest_of_parts(_FORMAT, source.fingerprint, chosen, "" if ready is None else ready.to_str())
     folder = cache_folder() / "texts" / fingerprint
-    meta = folder / "meta.json"
     with locked(folder.with_suffix(".lock")):
-        if not meta.exists():
+        stored = read_stored(folder)
+        if stored is None:
             _make(section, source, ready, folder)
-    said: Mapping[str, Any] = json.loads(meta.read_text(encoding="utf-8"))
-    splits: dict[Split, TokenisedTexts] = {}
-    for split in said["splits"]:
-        with np.load(folder / f"{split}.npz") as arrays:
-            splits[split] = TokenisedTexts(arrays["ids"], arrays["starts"], arrays["labels"])
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    return LabelledTexts(
-        source.label, fingerprint, tokenizer, tuple(said["class_names"]), splits, tuple(said["remarks"])
-    )
+            stored = read_stored(folder)
+    assert stored is not None
+    splits = {split: TokenisedTexts(**arrays) for split, arrays in stored.arrays.items()}
+    names, remarks = (tuple(stored.facts[key]) for key in ("class_names", "remarks"))
+    return LabelledTexts(source.label, fingerprint, stored.tokenizer, names, splits, remarks)
 
 
 def _make(section: TextClassData, source: RowSource, ready: Tokenizer | None, folder: Path) -> None:
@@ -137,6 +134,8 @@ def _make(section: TextClassData, source: RowSource, ready: Tokenizer | None, fo
     }
     numbers = {name: i for i, name in enumerate(names)}
     labels = {split: np.array([numbers[s.label] for s in some], dtype=np.int64) for split, some in samples.items()}
+    if "val" in samples and section.folds is not None:
+        remarks.append(f"data.folds: the source's own {len(samples['val']):,} validation texts are not used")
     if "val" not in samples or section.folds is not None:
         train, val = divide(digests["train"], labels["train"], section)
         if not len(val):

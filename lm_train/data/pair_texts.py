@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +21,7 @@ from lm_train.data.order import mix64
 from lm_train.data.rows import cell, open_rows
 from lm_train.data.source import digest_of_parts, open_source
 from lm_train.data.splits import Digests, digest_of, divide, duplicates
+from lm_train.data.stored import read_stored
 from lm_train.data.tokenizer import UNKNOWN, load_tokenizer, make_char_tokenizer, make_word_tokenizer, train_bpe
 from lm_train.errors import DataError
 from lm_train.recipe import EmbeddedData, PairData
@@ -109,9 +110,9 @@ def prepare_pairs(section: PairData, block_size: int) -> Pairs:
     fingerprint = digest_of_parts(_FORMAT, content, chosen, str(block_size), tokenizer_text)
     label = "strings to copy and to reverse" if rows is None else rows.label
     folder = cache_folder() / "pairs" / fingerprint
-    meta = folder / "meta.json"
     with locked(folder.with_suffix(".lock")):
-        if not meta.exists():
+        stored = read_stored(folder)
+        if stored is None:
             remarks: list[str] = []
             if rows is None:
                 assert words is not None
@@ -122,14 +123,10 @@ def prepare_pairs(section: PairData, block_size: int) -> Pairs:
                     split: [_pair(section, row, where) for row, where in read()] for split, read in rows.splits.items()
                 }
             _make(section, splits, label, ready, block_size, folder, remarks)
-    said: Mapping[str, Any] = json.loads(meta.read_text(encoding="utf-8"))
-    loaded: dict[Split, TokenisedPairs] = {}
-    for split in said["splits"]:
-        with np.load(folder / f"{split}.npz") as arrays:
-            loaded[split] = TokenisedPairs(**arrays)
-    return Pairs(
-        label, fingerprint, Tokenizer.from_file(str(folder / "tokenizer.json")), loaded, tuple(said["remarks"])
-    )
+            stored = read_stored(folder)
+    assert stored is not None
+    loaded = {split: TokenisedPairs(**arrays) for split, arrays in stored.arrays.items()}
+    return Pairs(label, fingerprint, stored.tokenizer, loaded, tuple(stored.facts["remarks"]))
 
 
 def _strings(texts: Iterable[str]) -> dict[Split, list[_Pair]]:
@@ -165,6 +162,8 @@ def _make(
     folder: Path,
     remarks: list[str],
 ) -> None:
+    if "val" in splits and section.folds is not None:
+        remarks.append(f"data.folds: the source's own {len(splits['val']):,} validation pairs are not used")
     if "val" not in splits or section.folds is not None:
         keys = np.array([digest_of(pair.key.encode()) for pair in splits["train"]], dtype=np.uint64)
         train, val = divide(keys, None, section)

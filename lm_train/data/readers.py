@@ -174,7 +174,14 @@ def _whole_characters(piece: bytes) -> bytes:
 
 
 def _not_utf8(file: Path, at: int, byte: int) -> str:
-    return f"{file}: not UTF-8 text at byte {at} (0x{byte:02x}); convert it, for instance with iconv -f LATIN1 -t UTF-8"
+    what = f"{file}: not UTF-8 text at byte {at} (0x{byte:02x})"
+    return f"{what}; convert it, for instance with iconv -f {likely_encoding(file)} -t UTF-8"
+
+
+def likely_encoding(file: Path) -> str:
+    """What text that is not UTF-8 may be, as iconv names it: UTF-16 where its mark stands in front."""
+    with _reading(file), gzip.open(file) if file.suffix.lower() == ".gz" else file.open("rb") as opened:
+        return "UTF-16" if opened.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "LATIN1"
 
 
 def _undecodable(file: Path) -> str | None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import gzip
+import hashlib
 import io
 import json
 import zlib
@@ -16,6 +18,7 @@ from typing import Any, BinaryIO
 from lm_train import signals
 from lm_train.data.batches import Split
 from lm_train.data.hub import find_dataset, out_of_reach, quiet_datasets
+from lm_train.data.readers import likely_encoding
 from lm_train.data.source import content_hash, digest_of_parts, files_below, files_of_folder, is_hidden, split_of
 from lm_train.errors import DataError
 from lm_train.recipe.checks import is_hub_name
@@ -173,7 +176,8 @@ def _class_folders(path: Path, files: list[Path], only: Split | None) -> RowSour
         if len(inner) < 2 or (len(inner) == 2 and split_of(inner[0]) is not None):
             continue  # a text beside the classes
         by_split.setdefault(only or split or "train", []).append(file)
-        parts += (str(file.relative_to(path)), str(file.stat().st_size), str(file.stat().st_mtime_ns))
+        signals.check()
+        parts += (str(file.relative_to(path)), hashlib.blake2b(file.read_bytes(), digest_size=16).hexdigest())
     if not by_split:
         raise DataError(f"{path}: neither tables ({', '.join(_KINDS)}) nor a folder of .txt files for each class")
     if "train" not in by_split and only is None:
@@ -238,7 +242,7 @@ def _utf8(file: Path) -> Iterator[None]:
     except UnicodeDecodeError as error:
         raise DataError(
             f"{file}: not UTF-8 text ({error.reason} 0x{error.object[error.start]:02x}); convert it, for instance with "
-            "iconv -f LATIN1 -t UTF-8"
+            f"iconv -f {likely_encoding(file)} -t UTF-8"
         ) from None
 
 
@@ -261,13 +265,17 @@ def _separated(file: Path, **form: Any) -> Iterator[PlacedRow]:
     with _opened(file) as raw, io.TextIOWrapper(raw, encoding="utf-8-sig", newline="") as lines:
         reader = csv.reader(lines, **form)
         try:
-            header = next(reader, [])
+            header = next((cells for cells in reader if not _is_blank(cells)), [])
+            if len(header) == 1 and form["delimiter"] == "," and (";" in header[0] or "\t" in header[0]):
+                raise DataError(
+                    f"{file} line {reader.line_num}: only one column, {header[0]!r:.80}; the separator of a .csv must be a comma"
+                )
             if len(set(header)) < len(header):
-                raise DataError(f"{file} line 1: two columns have the same name: {', '.join(header)}")
+                raise DataError(f"{file} line {reader.line_num}: two columns have the same name: {', '.join(header)}")
             line = reader.line_num
             for cells in reader:
                 where, line = f"{file} line {line + 1}", reader.line_num
-                if not cells:
+                if _is_blank(cells):
                     continue
                 if len(cells) != len(header):
                     raise DataError(
@@ -280,8 +288,13 @@ def _separated(file: Path, **form: Any) -> Iterator[PlacedRow]:
         except UnicodeDecodeError as error:
             raise DataError(
                 f"{file} after line {line}: not UTF-8 text (0x{error.object[error.start]:02x}); convert it, for instance with "
-                "iconv -f LATIN1 -t UTF-8"
+                f"iconv -f {likely_encoding(file)} -t UTF-8"
             ) from None
+
+
+def _is_blank(cells: list[str]) -> bool:
+    """Whether they are of a line without anything, or of blanks alone."""
+    return not cells or (len(cells) == 1 and cells[0].isspace())
 
 
 def _jsonl(file: Path) -> Iterator[PlacedRow]:
@@ -305,8 +318,10 @@ def _object(line: bytes, where: str) -> Row:
 def _json(file: Path) -> Iterator[PlacedRow]:
     """One list of objects; a file of one object a line is read as jsonl."""
     with _opened(file) as opened:
-        first = opened.read(64).lstrip()[:1]
-    if first != b"[":
+        first = opened.read(64).removeprefix(codecs.BOM_UTF8).lstrip()
+        while not first and (more := opened.read(1 << 16)):
+            first = more.lstrip()
+    if not first.startswith(b"["):
         yield from _jsonl(file)
         return
     with _opened(file) as opened:

@@ -18,7 +18,7 @@ from lm_train.recipe.base import (
     Section,
     Text,
 )
-from lm_train.recipe.tokenizer_names import is_tokenizer_name
+from lm_train.recipe.tokenizer_names import is_tokenizer_name, trained_bpe_size, word_vocabulary_size
 
 
 class DataSection(Section):
@@ -160,6 +160,17 @@ class TextClassData(ClassData):
     """Tokens of a text (of both, in a pair) beyond this are cut off."""
     token_dropout: Dropout = 0.0
     """Share of the training tokens that are replaced by the unknown symbol (Iyyer et al. 2015; Bowman et al. 2016)."""
+
+    def conflicts(self) -> list[tuple[tuple[str, ...], str]]:
+        found = super().conflicts()
+        way_out = "set data.tokenizer=words:20000, or drop"
+        if self.min_frequency != 2 and word_vocabulary_size(self.tokenizer) is None:
+            message = f"data.min_frequency is for words:N, not for {self.tokenizer}; {way_out} data.min_frequency"
+            found.append((("min_frequency", "tokenizer"), message))
+        if self.token_dropout and (self.tokenizer in ("bytes", "gpt2") or trained_bpe_size(self.tokenizer) is not None):
+            message = f"data.token_dropout: {self.tokenizer} has no unknown symbol; {way_out} data.token_dropout"
+            found.append((("token_dropout", "tokenizer"), message))
+        return found
 
 
 class ImageData(ClassData):
