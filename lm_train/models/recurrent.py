@@ -45,9 +45,8 @@ class RecurrentEncoder(nn.Module):
             tokens: (B, T).
             lengths: valid tokens of each text, (B,), from 1 to T; None: all.
         """
-        tokens = (
-            tokens.t()
-        )  # torch's layers keep time first, and return views of it where they are asked for another order
+        # torch's layers keep time first, and return views of it where they are asked for another order
+        tokens = tokens.t()
         x = self.dropout(self.token_embedding(tokens))  # (T, B, E)
         turned = _turned(tokens, lengths) if self.directions == 2 else None
         for first in range(0, len(self.cells), self.directions):
@@ -165,9 +164,8 @@ class RecurrentClassifier(nn.Module):
             forwards = outputs[..., : self.hidden_size].gather(1, last).squeeze(1)  # (B, H)
             backwards = outputs[:, 0, self.hidden_size :]  # (B, H), or (B, 0)
             return torch.cat((forwards, backwards), dim=-1)
-        behind = (torch.arange(outputs.shape[1], device=outputs.device) >= lengths.unsqueeze(1)).unsqueeze(
-            -1
-        )  # (B, T, 1)
+        positions = torch.arange(outputs.shape[1], device=outputs.device)
+        behind = (positions >= lengths.unsqueeze(1)).unsqueeze(-1)  # (B, T, 1)
         if self.pooling == "max":
             return outputs.masked_fill(behind, float("-inf")).amax(dim=1)
         return outputs.masked_fill(behind, 0).sum(dim=1) / lengths.unsqueeze(1).to(outputs.dtype)
