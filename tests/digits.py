@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from sklearn.datasets import load_digits
 from torch import Tensor
-from torch.utils.data import Dataset
 
-from lm_train.data import Batch, DataModule
-from lm_train.data.batches import EvaluationBatches, Integers, SampleBatches, Samples, Split
+from lm_train.data import Batch
+from lm_train.data.batches import Integers, Samples
+from lm_train.data.module import SampleDataModule
 from lm_train.plan import DataFacts
 
 
@@ -25,7 +25,7 @@ class _Rows(Samples):
         return {"inputs": self.inputs[samples], "labels": self.labels[samples]}
 
 
-class DigitsData(DataModule):
+class DigitsData(SampleDataModule):
     """Three parts of the set, none of a size that a batch divides."""
 
     label, fingerprint = "digits", "of the digits"
@@ -37,17 +37,5 @@ class DigitsData(DataModule):
         parts = ("train", slice(400, None)), ("val", slice(197)), ("test", slice(197, 400))
         self.samples = {split: _Rows(inputs[part].float() / 16, labels[part].long()) for split, part in parts}
 
-    def has(self, split: Split) -> bool:
-        return True
-
-    def epoch(self, step: int) -> float:
-        return step * self.plan.global_batch_size / len(self.samples["train"])
-
     def size_in_words(self) -> str:
         return f"{len(self.samples['train']):,} training images"
-
-    def train_batches(self, rank: int) -> Dataset[Batch]:
-        return SampleBatches(self.samples["train"], self.plan, rank, self.seed, self.start_step)
-
-    def evaluation_batches(self, split: Split, rank: int) -> Dataset[Batch]:
-        return EvaluationBatches(self.samples[split], self.plan, rank)

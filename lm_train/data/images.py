@@ -10,14 +10,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from lm_train.data.augment import Draws, change, crop_and_flip, mixup_partners
-from lm_train.data.batches import Batch, EvaluationBatches, Integers, SampleBatches, Samples, Split
+from lm_train.data.batches import Batch, Integers, Samples, Split
 from lm_train.data.classes import balanced_weights, check_classes, total_weight
 from lm_train.data.image_cache import StoredImages, StoredSplit, cache_name, stored_images
 from lm_train.data.image_source import open_images
-from lm_train.data.module import DataModule
+from lm_train.data.module import SampleDataModule
 from lm_train.data.source import digest_of_parts
 from lm_train.data.splits import divide, duplicates
 from lm_train.errors import DataError
@@ -155,7 +154,7 @@ class TrainingImages(ImageSamples):
         return batch
 
 
-class ImageDataModule(DataModule):
+class ImageDataModule(SampleDataModule):
     """Serves images.
 
     Args:
@@ -234,20 +233,8 @@ class ImageDataModule(DataModule):
         }
         return {self.folder.preprocessing.name: json.dumps(facts, indent=2)}
 
-    def has(self, split: Split) -> bool:
-        return split in self.samples
-
-    def epoch(self, step: int) -> float:
-        return step * self.plan.global_batch_size / len(self.samples["train"])
-
     def size_in_words(self) -> str:
         return f"{len(self.samples['train']):,} training images"
-
-    def train_batches(self, rank: int) -> Dataset[Batch]:
-        return SampleBatches(self.samples["train"], self.plan, rank, self.seed, self.start_step)
-
-    def evaluation_batches(self, split: Split, rank: int) -> Dataset[Batch]:
-        return EvaluationBatches(self.samples[split], self.plan, rank)
 
 
 def _report(notes: list[str], parts: dict[Split, tuple[StoredSplit, Integers]]) -> None:

@@ -6,13 +6,14 @@ import json
 import math
 import os
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
 from torch.utils.data import DataLoader, Dataset
 
-from lm_train.data.batches import Batch, Split
+from lm_train.data.batches import Batch, EvaluationBatches, SampleBatches, Samples, Split
 from lm_train.data.cache import write_text
 from lm_train.data.loading import TimedLoader, make_loader
 from lm_train.errors import CheckpointError
@@ -150,3 +151,22 @@ def _alike(one: Any, other: Any) -> bool:
     if isinstance(one, float) and isinstance(other, float):
         return math.isclose(one, other, rel_tol=1e-6, abs_tol=1e-9)
     return bool(one == other)
+
+
+class SampleDataModule(DataModule):
+    """Serves samples that are held, each by itself: in shuffled order for the training, in their own for an evaluation."""
+
+    samples: Mapping[Split, Samples]
+    """By split; there after `prepare`."""
+
+    def has(self, split: Split) -> bool:
+        return split in self.samples
+
+    def epoch(self, step: int) -> float:
+        return step * self.plan.global_batch_size / len(self.samples["train"])
+
+    def train_batches(self, rank: int) -> Dataset[Batch]:
+        return SampleBatches(self.samples["train"], self.plan, rank, self.seed, self.start_step)
+
+    def evaluation_batches(self, split: Split, rank: int) -> Dataset[Batch]:
+        return EvaluationBatches(self.samples[split], self.plan, rank)

@@ -12,11 +12,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch.utils.data import Dataset
 
-from lm_train.data.batches import Batch, EvaluationBatches, Integers, SampleBatches, Samples, Split
+from lm_train.data.batches import Batch, Integers, Samples, Split
 from lm_train.data.classes import class_names
-from lm_train.data.module import DataModule
+from lm_train.data.module import SampleDataModule
 from lm_train.data.preprocessing import (
     Cells,
     Preprocessing,
@@ -78,7 +77,7 @@ class TableSamples(Samples):
         return batch
 
 
-class TableDataModule(DataModule):
+class TableDataModule(SampleDataModule):
     """Serves the rows of a table.
 
     Args:
@@ -269,20 +268,8 @@ class TableDataModule(DataModule):
             facts["targets"] = [{"name": name, "shift": shift, "scale": scale} for name, shift, scale in parts]
         return {self.folder.preprocessing.name: json.dumps(facts, indent=2, ensure_ascii=False)}
 
-    def has(self, split: Split) -> bool:
-        return split in self.samples
-
-    def epoch(self, step: int) -> float:
-        return step * self.plan.global_batch_size / len(self.samples["train"])
-
     def size_in_words(self) -> str:
         return f"{len(self.samples['train']):,} training rows"
-
-    def train_batches(self, rank: int) -> Dataset[Batch]:
-        return SampleBatches(self.samples["train"], self.plan, rank, self.seed, self.start_step)
-
-    def evaluation_batches(self, split: Split, rank: int) -> Dataset[Batch]:
-        return EvaluationBatches(self.samples[split], self.plan, rank)
 
 
 _BATCHES = ("global_batch_size", "micro_batch_size")
