@@ -69,7 +69,7 @@ def _lead(recipe: Recipe, machine: Machine, allocation: Allocation | None, serie
             runs.begin(folder, recipe, plan)
             runs.cut_jsonl(folder.metrics, step)
             _note_folder(folder)
-            for warning in _warnings(recipe, machine, allocation):
+            for warning in _warnings(recipe, plan, machine, allocation):
                 say(f"lm-train: warning: {warning}")
             say(f"run folder {folder.root}\nplan\n{plan.table()}")
             attempt = publish(folder, allocation, checkpoint)
@@ -187,10 +187,10 @@ def _note_folder(folder: RunFolder) -> None:
             raise OutputError(f"LM_TRAIN_RUN_FILE={file}: {error.strerror}") from None
 
 
-def _warnings(recipe: Recipe, machine: Machine, allocation: Allocation | None) -> list[str]:
+def _warnings(recipe: Recipe, plan: Plan, machine: Machine, allocation: Allocation | None) -> list[str]:
     """What is done otherwise than one may have expected."""
     warnings = []
-    warmup, steps = recipe.optim.warmup_steps, recipe.trainer.max_steps
+    warmup, steps = recipe.optim.warmup_steps, plan.max_steps
     if warmup >= steps:
         peak = "never reaches its peak" if warmup > steps else "is at its peak in the last step only"
         warnings.append(

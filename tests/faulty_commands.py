@@ -68,7 +68,7 @@ trainer.maxsteps=200 -> trainer.max_steps
 trainer.max_stpes=200 -> trainer.max_steps
 trainer.steps=200 -> trainer.max_steps
 trainer.max_iters=200 -> trainer.max_steps
-trainer.max_epochs=2 -> trainer.max_steps
+trainer.max_epoch=2 -> trainer.max_epochs
 train.max_steps=200 -> trainer.max_steps
 training.max_steps=200 -> trainer.max_steps
 Trainer.max_steps=200 -> trainer.max_steps
@@ -181,19 +181,19 @@ dry_run=ture -> true
 """
 
 FAULTS = r"""
-trainer.max_steps=many -> trainer.max_steps: expected an integer of at least 1; got 'many'
-trainer.max_steps=0 -> trainer.max_steps: expected an integer of at least 1; got 0
+trainer.max_steps=many -> trainer.max_steps: expected an integer of at least 1 or auto; got 'many'
+trainer.max_steps=0 -> trainer.max_steps: expected an integer of at least 1 or auto; got 0
 trainer.max_steps=-5 -> got -5
 trainer.max_steps=2.5 -> got 2.5
 trainer.max_steps=null -> got null
 trainer.max_steps=None -> got null
 trainer.max_steps=true -> got true
 trainer.max_steps=[200] -> got [200]
-trainer.max_steps="{a: 1}" -> trainer.max_steps: expected an integer of at least 1; got {'a': 1}
-trainer.max_steps=99999999999999999999 -> expected an integer of at least 1 and below 2147483648; got 99999999999999999999
+trainer.max_steps="{a: 1}" -> trainer.max_steps: expected an integer of at least 1 or auto; got {'a': 1}
+trainer.max_steps=99999999999999999999 -> expected an integer of at least 1 and below 2147483648 or auto; got 99999999999999999999
 trainer.max_steps=0x10 -> got '0x10'
 trainer.max_steps=0200 -> got '0200'
-trainer.max_steps= -> trainer.max_steps: expected an integer of at least 1; got nothing
+trainer.max_steps= -> trainer.max_steps: expected an integer of at least 1 or auto; got nothing
 optim.learning_rate=fast -> optim.learning_rate: expected a number above 0; got 'fast'
 optim.learning_rate=0 -> expected a number above 0; got 0
 optim.learning_rate=-1e-3 -> got -1e-3
@@ -349,7 +349,7 @@ recipe=../../../../../../etc/passwd -> expected a file that ends in .yaml or .ym
 "recipe=gpt_debug; touch x" -> no such recipe
 optim=adam-w -> did you mean optim=adamw?
 trainer.precision=bf16 -> did you mean bf16-mixed?
-trainer.max_steps=many -> expected an integer of at least 1; got 'many'
+trainer.max_steps=many -> expected an integer of at least 1 or auto; got 'many'
 trainer.max_steps= -> got nothing
 seed=1 seed=2 -> seed: given twice; keep one
 data.path=nofile.txt -> no such file or folder: 'nofile.txt'

@@ -331,7 +331,7 @@ def test_all_problems_at_once_each_with_its_line(write: Write) -> None:
         "model.n_layer: expected an integer of at least 1; got 0 (mine.yaml:4)",
         "model.n_heads: no such key; did you mean model.n_head? (mine.yaml:5)",
         "optim.kind: expected adamw, adam, sgd, adagrad, rmsprop, muon; got 'adamx'; did you mean optim=adam? (mine.yaml:8)",
-        "trainer.max_steps: expected an integer of at least 1; got 'many'",
+        "trainer.max_steps: expected an integer of at least 1 or auto; got 'many'",
         "tracking.wandb: expected auto, online, offline, disabled; got 'off'; did you mean disabled?",
         "modle: no such key; did you mean model? (mine.yaml:2)",
         "optim.lerning_rate: no such key; did you mean optim.learning_rate? (mine.yaml:9)",

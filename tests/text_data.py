@@ -47,6 +47,12 @@ def plan_of(
         optimizer_bytes=None,
         block_size=block_size,
         peak_flops_per_device=None,
+        cluster="test",
+        price_per_gpu_hour=None,
+        currency="USD",
+        power_watts=0.0,
+        limits={},
+        prediction=None,
         reasons={},
     )
 

@@ -3,16 +3,25 @@
 from lm_train.plan.counts import flops_per_sample, parameter_count, parameter_shapes
 from lm_train.plan.counts.dense import pooled_shape
 from lm_train.plan.facts import DataFacts, known_facts
-from lm_train.plan.layout import Place, places
+from lm_train.plan.layout import Layout, Precision, Strategy
 from lm_train.plan.memory import StateBytes, checkpoint_bytes, state_bytes
+from lm_train.plan.places import Place, places
 from lm_train.plan.plan import Plan, padded_vocab_size, size_of
 from lm_train.plan.planner import make_plan
+from lm_train.plan.prediction import Interval, MemoryPrediction, Prediction, TimePrediction
 
 __all__ = [
     "DataFacts",
+    "Interval",
+    "Layout",
+    "MemoryPrediction",
     "Place",
     "Plan",
+    "Precision",
+    "Prediction",
     "StateBytes",
+    "Strategy",
+    "TimePrediction",
     "checkpoint_bytes",
     "flops_per_sample",
     "known_facts",

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from lm_train.plan.plan import Precision, Strategy
+from lm_train.plan.layout import Precision, Strategy
 from lm_train.recipe import AnyOptim
 
 Shapes = Iterable[tuple[str, tuple[int, ...]]]

@@ -8,10 +8,9 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from lm_train.plan.layout import Precision, Strategy
+from lm_train.plan.prediction import Prediction
 from lm_train.recipe import Task
-
-Strategy = Literal["single", "ddp", "fsdp", "zero1", "zero2", "zero3", "zero3_offload"]
-Precision = Literal["32-true", "bf16-mixed", "bf16-true", "16-mixed"]
 
 UNKNOWN = "known with the data"
 VOCAB_MULTIPLE = 64
@@ -59,6 +58,16 @@ class Plan(BaseModel):
     """Tokens in one sample of running text; None for other data."""
     peak_flops_per_device: float | None
     """Dense bf16 FLOP/s of one device; None where unknown, and then no MFU is reported."""
+    cluster: str
+    """Name of the description whose facts were used."""
+    price_per_gpu_hour: float | None
+    currency: str
+    power_watts: float
+    """Of one device."""
+    limits: dict[str, float]
+    """What the run may use in all its starts together, by name as in the recipe's budget; empty: no limit."""
+    prediction: Prediction | None
+    """None where nothing is known of the network before it is built."""
     reasons: dict[str, str]
     """Why each `auto` became what it is, by the recipe's key."""
 

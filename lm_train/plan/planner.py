@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import os
 import shutil
-from typing import Literal
+from typing import Any, Literal
 
 from lm_train.errors import DataError, UsageError
 from lm_train.hardware import BF16_SINCE, Machine
 from lm_train.plan.counts import flops_per_sample, parameter_count, parameter_shapes
 from lm_train.plan.facts import known_facts
-from lm_train.plan.layout import check_batch, choose_devices, choose_nodes, threads_per_rank
+from lm_train.plan.layout import Precision
 from lm_train.plan.memory import state_bytes
-from lm_train.plan.plan import Plan, Precision
+from lm_train.plan.places import check_batch, choose_devices, choose_nodes, threads_per_rank
+from lm_train.plan.plan import Plan
 from lm_train.recipe import Recipe, samples_are_sequences, task_of
 from lm_train.slurm import Allocation
 
@@ -37,14 +38,15 @@ def make_plan(recipe: Recipe, machine: Machine, allocation: Allocation | None = 
     reasons: dict[str, str] = {}
     accelerator: Literal["cpu", "gpu"] = "gpu" if machine.gpus else "cpu"
     nodes = choose_nodes(recipe, allocation, problems)
-    devices = choose_devices(recipe, machine, allocation, problems, reasons)
+    total = _or(recipe.data.global_batch_size, 16)
+    devices = choose_devices(recipe, total, machine, allocation, problems, reasons)
     precision = _precision(recipe, machine, problems, reasons)
     _check_compiler(recipe, accelerator, problems)
     if not problems:
-        check_batch(recipe, nodes, devices, allocation, problems)
+        check_batch(recipe, total, nodes, devices, allocation, problems)
     if problems:
         raise UsageError(problems)
-    micro, accumulate = _batches(recipe, nodes * devices, accelerator, reasons)
+    micro, accumulate = _batches(recipe, total, nodes * devices, accelerator, reasons)
     strategy = recipe.trainer.strategy
     if strategy == "auto":
         strategy = "single" if nodes * devices == 1 else "ddp"
@@ -72,13 +74,13 @@ def make_plan(recipe: Recipe, machine: Machine, allocation: Allocation | None = 
         devices=devices,
         strategy=strategy,
         precision=precision,
-        global_batch_size=recipe.data.global_batch_size,
+        global_batch_size=total,
         micro_batch_size=micro,
         accumulate_grad_batches=accumulate,
         num_workers=workers,
-        max_steps=recipe.trainer.max_steps,
-        activation_checkpointing=recipe.trainer.activation_checkpointing,
-        cross_entropy_chunks=recipe.trainer.cross_entropy_chunks,
+        max_steps=_or(recipe.trainer.max_steps, 1000),
+        activation_checkpointing=_or(recipe.trainer.activation_checkpointing, "none"),
+        cross_entropy_chunks=_or(recipe.trainer.cross_entropy_chunks, 1),
         compile=recipe.trainer.compile,
         threads_per_rank=threads_per_rank(machine, allocation, devices),
         vocab_size=facts.vocab_size,
@@ -89,8 +91,18 @@ def make_plan(recipe: Recipe, machine: Machine, allocation: Allocation | None = 
         optimizer_bytes=None if state is None else state.optimizer,
         block_size=getattr(recipe.model, "block_size", None) if samples_are_sequences(recipe) else None,
         peak_flops_per_device=machine.gpus[0].peak_flops if machine.gpus else None,
+        cluster="this machine",
+        price_per_gpu_hour=recipe.cluster.price_per_gpu_hour,
+        currency=recipe.cluster.currency or "USD",
+        power_watts=0.0,
+        limits=recipe.budget.limits,
+        prediction=None,
         reasons=reasons,
     )
+
+
+def _or(value: Any, default: Any) -> Any:
+    return default if value == "auto" else value
 
 
 def _check_compiler(recipe: Recipe, accelerator: str, problems: list[str]) -> None:
@@ -132,9 +144,9 @@ def _precision(recipe: Recipe, machine: Machine, problems: list[str], reasons: d
     return "32-true"
 
 
-def _batches(recipe: Recipe, ranks: int, accelerator: str, reasons: dict[str, str]) -> tuple[int, int]:
+def _batches(recipe: Recipe, total: int, ranks: int, accelerator: str, reasons: dict[str, str]) -> tuple[int, int]:
     """Micro batch and accumulation; micro x accumulation x ranks is always the recipe's global batch."""
-    total, micro = recipe.data.global_batch_size, recipe.data.micro_batch_size
+    micro = recipe.data.micro_batch_size
     accumulate = recipe.trainer.accumulate_grad_batches
     assert total % ranks == 0, (total, ranks)  # check_batch
     share = total // ranks

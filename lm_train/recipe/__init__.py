@@ -29,7 +29,15 @@ from lm_train.recipe.model_sections import (
     ResNet,
     Seq2Seq,
 )
-from lm_train.recipe.sections import AnyOptim, CheckpointSection, Recipe, TrackingSection, TrainerSection
+from lm_train.recipe.sections import (
+    AnyOptim,
+    BudgetSection,
+    CheckpointSection,
+    ClusterSection,
+    Recipe,
+    TrackingSection,
+    TrainerSection,
+)
 from lm_train.recipe.task import Task, further_ids, samples_are_sequences, task_of
 
 __all__ = [
@@ -41,8 +49,10 @@ __all__ = [
     "AnyData",
     "AnyModel",
     "AnyOptim",
+    "BudgetSection",
     "CheckpointSection",
     "ClassData",
+    "ClusterSection",
     "CustomData",
     "CustomModel",
     "DataSection",

@@ -11,9 +11,9 @@ from lm_train.recipe.data_sections import LabelledData
 from lm_train.recipe.explain import RESUME, nearest, nearest_value, shown
 from lm_train.recipe.foreign import foreign_conflicts
 from lm_train.recipe.hub_names import is_hub_name
-from lm_train.recipe.sections import Recipe
+from lm_train.recipe.sections import SECTIONS, Recipe
 from lm_train.recipe.strategies import Conflict, strategy_conflicts
-from lm_train.recipe.task import further_ids, length_conflicts, task_conflicts, task_of
+from lm_train.recipe.task import further_ids, length_conflicts, samples_are_sequences, task_conflicts, task_of
 from lm_train.recipe.tokenizer_names import exists, is_path, known_vocab_size
 
 DEBUG_STEPS = 20
@@ -64,7 +64,7 @@ def debug_settings(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 def conflicts(recipe: Recipe) -> Iterator[Conflict]:
     """Everything in a well-typed recipe that cannot be done: the keys concerned, and a sentence with a way out."""
-    for section in ("model", "data", "optim", "trainer", "checkpoint", "tracking"):
+    for section in SECTIONS:
         for keys, message in getattr(recipe, section).conflicts():
             yield [(section, key) for key in keys], message
     yield from task_conflicts(recipe)
@@ -72,6 +72,7 @@ def conflicts(recipe: Recipe) -> Iterator[Conflict]:
     yield from foreign_conflicts(recipe)
     yield from _batch_conflicts(recipe)
     yield from _trainer_conflicts(recipe)
+    yield from _budget_conflicts(recipe)
     yield from _fold_conflicts(recipe)
     yield from strategy_conflicts(recipe)
     yield from _path_conflicts(recipe)
@@ -90,6 +91,13 @@ def _batch_conflicts(recipe: Recipe) -> Iterator[Conflict]:
         )
         if isinstance(value, int)
     ]
+    if total == "auto":
+        if not samples_are_sequences(recipe):
+            yield (
+                [("data", "global_batch_size"), ("data", "kind")],
+                "data.global_batch_size=auto follows a rule for running text only; give a number, such as 256",
+            )
+        return
     product = math.prod(int(value) for _, value in keys)
     terms = " x ".join(f"{'.'.join(key)}={value}" for key, value in keys)
     all_given = len(keys) == 4
@@ -127,7 +135,7 @@ def _trainer_conflicts(recipe: Recipe) -> Iterator[Conflict]:
             "early stopping needs validations on the way; set trainer.val_check_interval and no limit_val_batches=0",
         )
     every, n_layer = trainer.activation_checkpointing, getattr(model, "n_layer", None)
-    if every != "none" and model.kind in ("recurrent", "mlp", "cnn", "resnet"):
+    if every not in ("auto", "none") and model.kind in ("recurrent", "mlp", "cnn", "resnet"):
         yield (
             [("trainer", "activation_checkpointing"), ("model", "kind")],
             f"model={model.kind} has no blocks to recompute; set trainer.activation_checkpointing=none",
@@ -149,6 +157,26 @@ def _trainer_conflicts(recipe: Recipe) -> Iterator[Conflict]:
             [("model", "vocab_size"), ("data", "tokenizer")],
             f"data.tokenizer={tokenizer} has {known} ids{symbols}, model.vocab_size={vocab_size} is smaller; "
             f"try model.vocab_size=auto",
+        )
+
+
+def _budget_conflicts(recipe: Recipe) -> Iterator[Conflict]:
+    trainer, limits = recipe.trainer, recipe.budget.limits
+    if trainer.max_steps == "auto" and trainer.max_tokens is None and trainer.max_epochs is None and not limits:
+        yield (
+            [("trainer", "max_steps"), ("budget", "gpu_hours")],
+            "trainer.max_steps=auto trains for as long as the budget pays; give budget.hours, budget.gpu_hours, budget.money or "
+            "budget.kwh, or a number of steps",
+        )
+    if trainer.max_tokens is not None and trainer.max_epochs is not None:
+        yield (
+            [("trainer", "max_tokens"), ("trainer", "max_epochs")],
+            f"trainer.max_tokens={trainer.max_tokens} and trainer.max_epochs={trainer.max_epochs:g} both say how long; keep one",
+        )
+    if trainer.max_tokens is not None and not samples_are_sequences(recipe):
+        yield (
+            [("trainer", "max_tokens"), ("data", "kind")],
+            "trainer.max_tokens counts running text, which this data is not; give trainer.max_epochs or trainer.max_steps",
         )
 
 

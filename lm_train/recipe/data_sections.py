@@ -24,8 +24,9 @@ from lm_train.recipe.tokenizer_names import is_tokenizer_name, trained_bpe_size,
 class DataSection(Section):
     """The keys that every kind of data shares."""
 
-    global_batch_size: PositiveInt = 16
-    """Samples (for text: sequences of model.block_size tokens) between two optimizer steps, over all processes."""
+    global_batch_size: PositiveIntOrAuto = 16
+    """Samples (for text: sequences of model.block_size tokens) between two optimizer steps, over all processes; `auto`: by
+    the rule of the critical batch size, for running text."""
     micro_batch_size: PositiveIntOrAuto = "auto"
     """Samples that one process sends through the network at a time."""
     num_workers: Count | Auto = "auto"

@@ -35,7 +35,7 @@ def foreign_conflicts(recipe: Recipe) -> Iterator[Conflict]:
     model, trainer = recipe.model, recipe.trainer
     if model.kind not in ("hf", "custom"):
         return
-    if trainer.cross_entropy_chunks != 1:
+    if trainer.cross_entropy_chunks not in ("auto", 1):
         yield (
             [("trainer", "cross_entropy_chunks"), ("model", "kind")],
             f"model={model.kind} computes its logits in one piece; set trainer.cross_entropy_chunks=1",

@@ -117,6 +117,8 @@ def _apply_words(raw: Raw, given: Mapping[KeyPath, Any], problems: list[str]) ->
         if len(path) == 1 and section in SECTIONS:
             if isinstance(value, Mapping):
                 raw[section] = dict(value)
+            elif section == "cluster":
+                raw[section] = {**raw.get(section, {}), "name": value}
             elif not kinds_of(section):
                 problems.append(
                     f"{section}: it has no kinds; write {section}.KEY=VALUE or {section}={{key: value}}; got {shown(value)}"

@@ -110,14 +110,18 @@ AnyOptim = Annotated[AdamW | Adam | SGD | Adagrad | RMSprop | Muon, Field(discri
 class TrainerSection(Section):
     strategy: Literal["auto", "single", "ddp", "fsdp", "zero1", "zero2", "zero3", "zero3_offload"] = "auto"
     """What the processes divide: nothing (single, ddp), optimizer state (zero1), gradients too (zero2), parameters too (fsdp,
-    zero3); zero3_offload keeps them in host memory. `auto`: single on one process, else ddp."""
+    zero3); zero3_offload keeps them in host memory. `auto`: the fastest that fits into memory."""
     precision: Literal["auto", "32-true", "bf16-mixed", "bf16-true", "16-mixed"] = "auto"
     devices: PositiveIntOrAuto = "auto"
     """GPUs, or without a GPU processes, on this machine; `auto`: every GPU, else one process."""
     num_nodes: PositiveIntOrAuto = "auto"
     """Machines; `auto`: those of the Slurm step, else one."""
-    max_steps: PositiveInt = 1000
-    """Optimizer steps of the whole run."""
+    max_steps: PositiveIntOrAuto = 1000
+    """Optimizer steps of the whole run; `auto`: what the budget pays for."""
+    max_tokens: PositiveInt | None = None
+    """Tokens of the whole run, in place of max_steps; for running text."""
+    max_epochs: Annotated[float, Field(gt=0)] | None = None
+    """Passes over the training split, in place of max_steps."""
     accumulate_grad_batches: PositiveIntOrAuto = "auto"
     """Micro batches of one process between two optimizer steps."""
     gradient_clip_val: Annotated[float, Field(gt=0)] | None = 1.0
@@ -130,10 +134,11 @@ class TrainerSection(Section):
     limit_test_batches: Count | None = None
     early_stopping_patience: PositiveInt | None = None
     """Validations without improvement of val/loss after which the run ends; null: never."""
-    activation_checkpointing: Literal["none", "full"] | PositiveInt = "none"
-    """Blocks whose activations are recomputed in the backward pass: none, all, or every n-th."""
-    cross_entropy_chunks: PositiveInt = 1
-    """Pieces in which logits and loss are computed, so that only one piece of vocabulary x tokens is in memory."""
+    activation_checkpointing: Literal["auto", "none", "full"] | PositiveInt = "auto"
+    """Blocks whose activations are recomputed in the backward pass: none, all, or every n-th; `auto`: none where it fits."""
+    cross_entropy_chunks: PositiveIntOrAuto = "auto"
+    """Pieces in which logits and loss are computed, so that only one piece of vocabulary x tokens is in memory; `auto`: 1
+    where it fits."""
     compile: bool = False
     """torch.compile on the network; with dropout it draws other numbers than without."""
     deterministic: bool = False
@@ -156,6 +161,54 @@ class TrackingSection(Section):
     entity: Text | None = None
     group: Text | None = None
     tags: tuple[Text, ...] = Field(default=(), strict=False)
+
+
+PositiveFloat = Annotated[float, Field(gt=0)]
+
+
+class BudgetSection(Section):
+    """What a run may use in all its starts together. It stops, saved, before any of these is used up."""
+
+    gpu_hours: PositiveFloat | None = None
+    """Devices x hours; a CPU process counts as a device."""
+    money: PositiveFloat | None = None
+    """In `currency`, at the cluster's price."""
+    currency: Annotated[Text, Field(pattern=r"^[A-Z]{3}$")] | None = None
+    """ISO 4217 code, such as USD; null: the cluster's."""
+    hours: PositiveFloat | None = None
+    """Wall-clock hours in which the run holds its devices."""
+    kwh: PositiveFloat | None = None
+    """Energy by the devices' rated power."""
+    optimize: Literal["soonest", "cheapest", "best"] = "soonest"
+    """What the scheduler seeks within the budget: the earliest end, the lowest cost, or the lowest final loss."""
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """The amounts that are limited, by name."""
+        named = {"gpu_hours": self.gpu_hours, "money": self.money, "hours": self.hours, "kwh": self.kwh}
+        return {name: value for name, value in named.items() if value is not None}
+
+    def conflicts(self) -> list[tuple[tuple[str, ...], str]]:
+        if self.currency is not None and self.money is None:
+            return [(("currency", "money"), "budget.currency says of which money; give budget.money too, or drop it")]
+        return []
+
+
+class ClusterSection(Section):
+    """Where it may run. What is given here wins over what the named cluster says."""
+
+    name: Text = "auto"
+    """`auto`: this machine, or the Slurm step or partition; a shipped description (h100x8); or the path of a YAML file."""
+    nodes: PositiveIntOrAuto = "auto"
+    """At most so many nodes; `auto`: as many as there are."""
+    devices_per_node: PositiveIntOrAuto = "auto"
+    """At most so many GPUs of each node; `auto`: as many as there are."""
+    price_per_gpu_hour: NonNegativeFloat | None = None
+    currency: Annotated[Text, Field(pattern=r"^[A-Z]{3}$")] | None = None
+    """ISO 4217 code of the price."""
+    partition: Text | None = None
+    account: Text | None = None
+    qos: Text | None = None
 
 
 class Recipe(Section):
@@ -182,6 +235,8 @@ class Recipe(Section):
     trainer: TrainerSection = TrainerSection()
     checkpoint: CheckpointSection = CheckpointSection()
     tracking: TrackingSection = TrackingSection()
+    budget: BudgetSection = BudgetSection()
+    cluster: ClusterSection = ClusterSection()
 
 
-SECTIONS = ("model", "data", "optim", "trainer", "checkpoint", "tracking")
+SECTIONS = ("model", "data", "optim", "trainer", "checkpoint", "tracking", "budget", "cluster")
