@@ -15,9 +15,11 @@ from typing import Literal, NamedTuple
 
 from packaging.requirements import Requirement
 
+from lm_train.clusters import device_of, find
 from lm_train.data.cache import cache_folder
-from lm_train.errors import ExitCode
-from lm_train.hardware import this_machine
+from lm_train.errors import ExitCode, UsageError
+from lm_train.hardware import Machine, this_machine
+from lm_train.recipe import ClusterSection
 from lm_train.slurm import current_allocation
 
 LOW_DISK_BYTES = 5 << 30
@@ -61,8 +63,9 @@ def _devices() -> Iterator[Finding]:
     yield Finding("ok", f"{machine.cpu_cores} CPU cores")
     for gpu in machine.gpus:
         yield Finding("ok", f"GPU {gpu.name}, {gpu.memory_bytes / 2**30:.0f} GiB")
-        if gpu.peak_flops is None:
+        if not device_of(gpu).known:
             yield Finding("note", f"peak FLOP/s of {gpu.name} unknown: no MFU will be reported")
+    yield _cluster(machine)
     if not machine.gpus:
         yield Finding(
             "note", "no GPU: training runs on the CPU", "" if shutil.which("nvidia-smi") is None else "check nvidia-smi"
@@ -74,6 +77,20 @@ def _devices() -> Iterator[Finding]:
         yield Finding(
             "FAIL", f"torch {torch.__version__} sees no GPU", "install a CUDA build of torch that fits the driver"
         )
+
+
+def _cluster(machine: Machine) -> Finding:
+    """What cluster=auto means here."""
+    try:
+        found = find(ClusterSection(), machine, current_allocation(), for_planning=True)
+    except UsageError as error:
+        return Finding("note", f"cluster=auto: {error}")
+    each = f"{found.devices_per_node} x {found.device.name}" if machine.gpus or not found.here else found.device.name
+    memory = f"{found.host_memory_bytes / 2**30:.0f} GiB of memory" if found.host_memory_bytes else "memory unknown"
+    rates = "facts of its data sheet" if found.device.accelerator == "gpu" and found.device.known else "estimated rates"
+    return Finding(
+        "ok", f"cluster=auto: {found.name}, {found.nodes} x {each}, {memory} a node, {rates}", found.device.warning
+    )
 
 
 def _slurm() -> Iterator[Finding]:

@@ -1,30 +1,13 @@
-"""What this machine has, and facts of GPUs with their sources. Free of torch, so that a login node can ask."""
+"""What this machine has. Free of torch, so that a login node can ask."""
 
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import subprocess
 from dataclasses import dataclass
 
 from lm_train.errors import UsageError
-
-DENSE_BF16_FLOPS = {
-    r"\bB200\b": 2250e12,
-    r"\bH200\b(?! NVL)": 989.4e12,
-    "H100 NVL": 835.5e12,
-    "H100 PCIe": 756e12,
-    r"\bH100\b": 989.4e12,
-    r"\bA100\b": 312e12,
-    r"\bL40S\b": 362.05e12,
-    r"RTX 4090(?! D\b| Laptop)": 165.2e12,
-}
-"""Peak dense bf16 FLOP/s with fp32 accumulation, by a pattern of the name that nvidia-smi reports; first match counts.
-
-Source: NVIDIA's data sheets of each product (figures "with sparsity" halved): DGX B200; H200 Tensor Core GPU; H100 Tensor
-Core GPU (SXM, NVL, PCIe columns); A100; L40S; Ada GPU Architecture white paper, appendix A (RTX 4090).
-"""
 
 BF16_SINCE = (8, 0)
 """Compute capability with native bf16 (Ampere; CUDA C++ Programming Guide, table of arithmetic instructions)."""
@@ -35,11 +18,6 @@ class GPU:
     name: str
     memory_bytes: int
     compute_capability: tuple[int, int]
-
-    @property
-    def peak_flops(self) -> float | None:
-        """Dense bf16 FLOP/s, or None for a GPU that is not in the table."""
-        return next((flops for part, flops in DENSE_BF16_FLOPS.items() if re.search(part, self.name)), None)
 
 
 @dataclass(frozen=True)

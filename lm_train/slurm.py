@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from lm_train.errors import UsageError
+from lm_train.hardware import Machine
 
 _INTERACTIVE_STEP = "4294967290"
 """The shell of `salloc` where a site has it run on the first node (Slurm's `use_interactive_step`)."""
@@ -102,6 +103,14 @@ def current_allocation(environ: Mapping[str, str] = os.environ) -> Allocation | 
         gpus_on_node=_number(environ.get("SLURM_GPUS_ON_NODE")),
         binds_gpus="gpu" in binding or "SLURM_GPUS_PER_TASK" in environ,
     )
+
+
+def tasks_see_their_own_gpus(machine: Machine, allocation: Allocation) -> bool:
+    """Whether each task of a node is shown other GPUs, as `--gpus-per-task` and `--gpu-bind` do."""
+    seen, given, tasks = len(machine.gpus), allocation.gpus_on_node, allocation.tasks_per_node
+    if tasks == 1 or not seen or given is None or seen >= given:
+        return False
+    return seen * tasks == given or (allocation.binds_gpus and seen * tasks < given)
 
 
 def speaks(environ: Mapping[str, str] = os.environ) -> bool:

@@ -9,7 +9,7 @@ from lm_train.errors import UsageError
 from lm_train.hardware import Machine
 from lm_train.plan.plan import Plan
 from lm_train.recipe import Recipe
-from lm_train.slurm import Allocation
+from lm_train.slurm import Allocation, tasks_see_their_own_gpus
 
 
 class Place(NamedTuple):
@@ -49,14 +49,6 @@ def places(plan: Plan, machine: Machine, allocation: Allocation | None) -> list[
         )
         for number in range(each)
     ]
-
-
-def tasks_see_their_own_gpus(machine: Machine, allocation: Allocation) -> bool:
-    """Whether each task of a node is shown other GPUs, as `--gpus-per-task` and `--gpu-bind` do."""
-    seen, given, tasks = len(machine.gpus), allocation.gpus_on_node, allocation.tasks_per_node
-    if tasks == 1 or not seen or given is None or seen >= given:
-        return False
-    return seen * tasks == given or (allocation.binds_gpus and seen * tasks < given)
 
 
 def choose_nodes(recipe: Recipe, allocation: Allocation | None, problems: list[str]) -> int:

@@ -6,6 +6,7 @@ import os
 import shutil
 from typing import Any, Literal
 
+from lm_train.clusters import peak_flops
 from lm_train.errors import DataError, UsageError
 from lm_train.hardware import BF16_SINCE, Machine
 from lm_train.plan.counts import flops_per_sample, parameter_count, parameter_shapes
@@ -90,7 +91,7 @@ def make_plan(recipe: Recipe, machine: Machine, allocation: Allocation | None = 
         gradient_bytes=None if state is None else state.gradients,
         optimizer_bytes=None if state is None else state.optimizer,
         block_size=getattr(recipe.model, "block_size", None) if samples_are_sequences(recipe) else None,
-        peak_flops_per_device=machine.gpus[0].peak_flops if machine.gpus else None,
+        peak_flops_per_device=peak_flops(machine.gpus[0]) if machine.gpus else None,
         cluster="this machine",
         price_per_gpu_hour=recipe.cluster.price_per_gpu_hour,
         currency=recipe.cluster.currency or "USD",

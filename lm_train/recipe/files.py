@@ -78,6 +78,9 @@ def read_chain(asked: str, folder: Path, source: Source, seen: tuple[Path, ...],
     except UsageError as error:
         problems += error.problems
         return {}
+    if isinstance(raw.get("cluster"), str):  # short for its name, as on the command line
+        raw["cluster"] = {"name": raw["cluster"]}
+        lines["cluster", "name"] = lines[("cluster",)]
     for section in SECTIONS:
         if section in raw and not isinstance(raw[section], Mapping):
             kind = raw[section] in kinds_of(section) if isinstance(raw[section], str) else False
