@@ -1,5 +1,33 @@
 """One micro batch as a list of operations and stages, for every kind of model with a formula."""
 
-from lm_train.plan.work.ops import WIDTH, Kind, Number, Op, Stage, Work
+from __future__ import annotations
 
-__all__ = ["WIDTH", "Kind", "Number", "Op", "Stage", "Work"]
+from lm_train.plan.facts import DataFacts
+from lm_train.plan.layout import Layout
+from lm_train.plan.plan import padded_vocab_size
+from lm_train.plan.work.decoders import decoder_work
+from lm_train.plan.work.ops import WIDTH, Kind, Number, Op, Stage, Work
+from lm_train.recipe import AnyModel, Task
+
+
+def work_of(model: AnyModel, task: Task, facts: DataFacts, layout: Layout) -> Work | None:
+    """What one micro batch makes one rank do, by torch's eager kernels.
+
+    Args:
+        model: the recipe's model section.
+        task: decides the head and the loss.
+        facts: of the data.
+        layout: micro batch, precision, strategy, checkpointing, chunks, accelerator.
+
+    Returns:
+        None where the data must be read first, or no formula is known.
+    """
+    asked: int | str = getattr(model, "vocab_size", "auto")
+    vocab_size = facts.vocab_size if isinstance(asked, str) else asked
+    match model.kind:
+        case "gpt" if vocab_size is not None:
+            return decoder_work(model, padded_vocab_size(vocab_size), vocab_size, layout)
+    return None
+
+
+__all__ = ["WIDTH", "Kind", "Number", "Op", "Stage", "Work", "work_of"]

@@ -60,6 +60,9 @@ class Stage:
     forward_logits: int
     """Of the peak, bytes of logits and what the loss makes of them."""
     backward_logits: int
+    backward_peak_with_gradients: int = 0
+    """The highest count of the same bytes and of the parameters' gradients that this backward pass has made so far. Where
+    gradients of earlier micro batches are there, all of them come on top of either peak."""
 
 
 @dataclass(frozen=True, slots=True)

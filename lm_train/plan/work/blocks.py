@@ -1,0 +1,154 @@
+"""Transformer blocks on the tape, written as `lm_train.models.transformer` writes them: names hold as much, and as long."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from lm_train.plan.work.operations import (
+    activation,
+    add,
+    attention,
+    cast,
+    cross_entropy,
+    dropout,
+    layer_norm,
+    linear,
+    masked_columns,
+    split,
+)
+from lm_train.plan.work.ops import Number
+from lm_train.plan.work.tape import Parameter, Tape, Tensor
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A stack of equal blocks; names as in models.transformer.BlockConfig."""
+
+    n_layer: int
+    n_head: int
+    n_kv_head: int
+    n_embd: int
+    mlp_width: int
+    dropout: float
+    bias: bool
+    norm: Literal["layer", "rms"]
+    gated: bool
+    activation: Literal["gelu", "relu"] = "gelu"
+    pre_norm: bool = True
+
+
+class Norm:
+    def __init__(self, number: Number, config: Blocks) -> None:
+        self.weight = Parameter(number, config.n_embd)
+        self.bias = Parameter(number, config.n_embd) if config.bias and config.norm == "layer" else None
+
+    def __call__(self, tape: Tape, x: Tensor, name: str) -> Tensor:
+        return layer_norm(tape, x, self.weight, self.bias, name)
+
+
+class Linear:
+    def __init__(self, number: Number, inner: int, width: int, bias: bool) -> None:
+        self.weight = Parameter(number, width, inner)
+        self.bias = Parameter(number, width) if bias else None
+
+    def __call__(self, tape: Tape, x: Tensor, name: str) -> Tensor:
+        return linear(tape, x, self.weight, self.bias, name)
+
+
+class Block:
+    """One block's weights, and what it does with a micro batch.
+
+    Args:
+        config: sizes.
+        number: type of the weights.
+        samples: B.
+        length: T.
+    """
+
+    def __init__(self, config: Blocks, number: Number, samples: int, length: int) -> None:
+        d, self.config, self.samples, self.length = config.n_embd, config, samples, length
+        self.head_size = d // config.n_head
+        self.heads = (config.n_head, config.n_kv_head, config.n_kv_head)
+        self.attention_norm = Norm(number, config)
+        self.qkv = Linear(number, d, sum(self.heads) * self.head_size, config.bias)
+        self.out = Linear(number, d, d, config.bias)
+        self.mlp_norm = Norm(number, config)
+        self.up = Linear(number, d, config.mlp_width, config.bias)
+        self.down = Linear(number, config.mlp_width, d, config.bias)
+
+    def __call__(self, tape: Tape, x: Tensor) -> Tensor:
+        p = self.config.dropout
+        x = add(
+            tape,
+            x,
+            dropout(tape, self.attention(tape, self.attention_norm(tape, x, "attention.norm")), p, "attention.dropout"),
+            "attention.residual",
+        )
+        return add(
+            tape, x, dropout(tape, self.mlp(tape, self.mlp_norm(tape, x, "mlp.norm")), p, "mlp.dropout"), "mlp.residual"
+        )
+
+    def attention(self, tape: Tape, x: Tensor) -> Tensor:
+        rows = self.samples * self.length * self.head_size
+        qkv = self.qkv(tape, x, "attention.qkv")
+        q, k, v = split(tape, qkv, [rows * heads for heads in self.heads], "attention.split")
+        y = attention(
+            tape,
+            q,
+            k,
+            v,
+            (self.samples, self.config.n_head, self.length, self.length, self.head_size),
+            "attention.scores",
+        )
+        return self.out(tape, y, "attention.out")
+
+    def mlp(self, tape: Tape, x: Tensor) -> Tensor:
+        wide = self.up(tape, x, "mlp.up")
+        return self.down(tape, activation(tape, wide, self.config.activation, "mlp.activation"), "mlp.down")
+
+
+def stack(tape: Tape, x: Tensor, blocks: int, every: int, block: Callable[[Tensor], Tensor], name: str) -> Tensor:
+    """Passes x through so many blocks, of which every `every`-th is computed again in the backward pass (0: none)."""
+    again = [bool(every) and (i + 1) % every == 0 for i in range(blocks)]
+
+    def one(x: Tensor, i: int) -> Tensor:
+        return tape.recomputed(block, x) if again[i] else block(x)
+
+    return tape.repeat(x, [f"{name} {i}" for i in range(blocks)], list(map(kind_of, again)), one)
+
+
+def kind_of(recomputed: bool) -> str:
+    """Which blocks do alike."""
+    return "recomputed" if recomputed else "kept"
+
+
+def chunked_cross_entropy(
+    tape: Tape, hidden: Tensor, weight: Parameter, bias: Parameter | None, vocab_size: int, chunks: int
+) -> Tensor:
+    """The summed loss of hidden states whose product with `weight` are the logits."""
+    padded = weight.shape[0] > vocab_size
+
+    def loss_of(part: Tensor) -> Tensor:
+        logits = linear(tape, part, weight, bias, "head", logits=True)
+        if padded:
+            logits = masked_columns(tape, logits)
+        return cross_entropy(tape, cast(tape, logits, "fp32"))
+
+    if chunks == 1:
+        return loss_of(hidden)
+    inner = weight.shape[1]
+    rows = hidden.size // inner
+    each = -(-rows // chunks)
+    sizes = [min(each, rows - start) * inner for start in range(0, rows, each)]
+    parts = split(tape, hidden, sizes, "loss.chunks")
+    total = tape.new(1, "fp32")
+    for part in parts:
+        total = add(tape, total, tape.recomputed(loss_of, part, random_state=False), "loss.sum")
+    return total
+
+
+def batch_bytes(*counts: int) -> int:
+    """Of tensors of so many int64 values."""
+    return 8 * sum(counts)

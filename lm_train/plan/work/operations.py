@@ -1,0 +1,274 @@
+"""Operations of torch on the tape: what each keeps, what it makes in the forward and in the backward pass, what it costs.
+
+As torch 2.13 does them on a CPU and, where `device` is "gpu", with CUDA.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from lm_train.plan.work.ops import WIDTH, Kind, Number
+from lm_train.plan.work.tape import Gradient, Group, Node, Parameter, Tape, Tensor
+
+Activation = Literal["gelu", "relu", "silu", "tanh", "sigmoid", "leaky_relu"]
+KEEPS_RESULT = ("relu", "tanh", "sigmoid")
+"""Activations whose backward pass reads their result; that of the others reads their input."""
+
+
+def linear(tape: Tape, x: Tensor, weight: Parameter, bias: Parameter | None, name: str, logits: bool = False) -> Tensor:
+    """x @ weight.T + bias; the weight is (out, in)."""
+    width, inner = weight.shape
+    b = tape.lowered(bias)
+    w = tape.lowered(weight)
+    assert w is not None
+    x = cast(tape, x, w.number)
+    rows, number = x.size // inner, w.number
+    group: Group = "logits" if logits else ""
+    flops, moved = 2.0 * rows * width * inner, x.bytes + w.bytes + rows * width * WIDTH[number]
+    saved = tape.keep(x, w)
+    out = tape.new(rows * width, number, group)
+    tape.op(name, "matmul", flops, moved, (rows, width, inner), number)
+    of_x, of_weight = x.node is not None, weight if w is weight else None
+    of_bias = bias if b is bias else None
+
+    def backward(gradients: Sequence[Gradient]) -> tuple[Gradient, ...]:
+        into_x = None
+        if of_x:
+            tape.op(name, "matmul", flops, moved, (rows, inner, width), number)
+            into_x = tape.new(rows * inner, number, view=True)
+        tape.op(name, "matmul", flops, moved, (width, inner, rows), number)
+        into_weight = tape.new_gradient(weight.size, number, of_weight, view=True)
+        if bias is None:
+            return into_x, into_weight, None
+        tape.op(name, "reduction", 0, rows * width * WIDTH[number], (rows * width,), number)
+        return into_x, into_weight, tape.new_gradient(width, number, of_bias, view=True)
+
+    return tape.result(out, (x, w, b), saved, backward)
+
+
+def cast(tape: Tape, x: Tensor, number: Number) -> Tensor:
+    """x in another type; itself where it has that type."""
+    if x.number == number:
+        return x
+    size, before = x.size, x.number
+    group = x.storage.group if x.storage is not None else ""
+    moved = size * (WIDTH[before] + WIDTH[number])
+    out = tape.new(size, number, group)
+    tape.op("cast", "copy", 0, moved, (size,), number)
+
+    def backward(gradients: Sequence[Gradient]) -> tuple[Gradient, ...]:
+        tape.op("cast", "copy", 0, moved, (size,), before)
+        return (tape.new(size, before, group),)
+
+    return tape.result(out, (x,), [], backward)
+
+
+def embedding(tape: Tape, table: Parameter, count: int, name: str, indices: int = 0) -> Tensor:
+    """Rows of a table.
+
+    Args:
+        count: rows looked up.
+        indices: bytes of the ids where they are made for it; those of the batch itself are not counted.
+    """
+    width, number = table.shape[1], table.number
+    ids = Tensor(tape.new(indices // 8, "fp32").storage, 0, "fp32") if indices else None
+    saved = tape.keep(ids)
+    out = tape.new(count * width, number)
+    tape.op(name, "lookup", 0, 2 * out.bytes, (out.size,), number)
+
+    def backward(gradients: Sequence[Gradient]) -> tuple[Gradient, ...]:
+        moved = 2 * count * width * WIDTH[number] + table.bytes
+        tape.op(name, "lookup", 0, moved, (table.size,), number)
+        return (tape.new_gradient(table.size, number, table),)
+
+    return tape.result(out, (table,), saved, backward)
+
+
+def add(tape: Tape, x: Tensor, y: Tensor, name: str) -> Tensor:
+    """x + y, of which one may be broadcast along the first dimensions; in the wider type."""
+    size, number = max(x.size, y.size), _wider(x, y)
+    moved = x.bytes + y.bytes + size * WIDTH[number]
+    out = tape.new(size, number)
+    tape.op(name, "elementwise", 0, moved, (size,), number)
+    inputs = tuple((each.size, each.number, each.node is not None) for each in (x, y))
+
+    def backward(gradients: Sequence[Gradient]) -> tuple[Gradient, ...]:
+        (gradient,) = gradients
+        return tuple(_fitted(tape, gradient, *each) for each in inputs)
+
+    return tape.result(out, (x, y), [], backward)
+
+
+def _fitted(tape: Tape, gradient: Gradient, size: int, number: Number, wanted: bool) -> Gradient:
+    """A gradient in shape and type of what it belongs to."""
+    if gradient is None or not wanted:
+        return None
+    if gradient.size != size:
+        tape.op("gradient.sum", "reduction", 0, gradient.bytes, (gradient.size,), gradient.number)
+        gradient = tape.new(size, gradient.number, view=True)
+    if gradient.number != number:
+        tape.op("cast", "copy", 0, gradient.bytes + size * WIDTH[number], (size,), number)
+        gradient = tape.new(size, number)
+    return gradient
+
+
+def multiply(tape: Tape, x: Tensor, y: Tensor, name: str) -> Tensor:
+    """x * y, both of one size and type."""
+    saved = tape.keep(x if y.node is not None else None, y if x.node is not None else None)
+    size, number = x.size, x.number
+    out = tape.new(size, number)
+    tape.op(name, "elementwise", 0, 3 * out.bytes, (size,), number)
+    wanted = [each.node is not None for each in (x, y)]
+
+    def backward(gradients: Sequence[Gradient]) -> tuple[Gradient, ...]:
+        return tuple(_made(tape, name, "elementwise", size, number, 3) if each else None for each in wanted)
+
+    return tape.result(out, (x, y), saved, backward)
+
+
+def elementwise(tape: Tape, x: Tensor, name: str, kind: Kind = "elementwise") -> Tensor:
+    """An operation of constants on each value, which keeps nothing."""
+    size, number = x.size, x.number
+    out = _made(tape, name, kind, size, number, 2)
+
+    def backward(gradients: Sequence[Gradient]) -> tuple[Gradient, ...]:
+        return (_made(tape, name, kind, size, number, 2),)
+
+    return tape.result(out, (x,), [], backward)
+
+
+def _made(tape: Tape, name: str, kind: Kind, size: int, number: Number, passes: int) -> Tensor:
+    """A new tensor for which as many tensors of its size are read or written as `passes` says."""
+    out = tape.new(size, number)
+    tape.op(name, kind, 0, passes * out.bytes, (size,), number)
+    return out
+
+
+def activation(tape: Tape, x: Tensor, kind: Activation, name: str) -> Tensor:
+    saved = [] if kind in KEEPS_RESULT else tape.keep(x)
+    size, number = x.size, x.number
+    out = _made(tape, name, "activation", size, number, 2)
+    if kind in KEEPS_RESULT:
+        saved = tape.keep(out)
+
+    def backward(gradients: Sequence[Gradient]) -> tuple[Gradient, ...]:
+        return (_made(tape, name, "activation", size, number, 3),)
+
+    return tape.result(out, (x,), saved, backward)
+
+
+def dropout(tape: Tape, x: Tensor, p: float, name: str) -> Tensor:
+    """On a CPU x times noise of its own type; a GPU's kernel keeps a mask of one byte for each value."""
+    if p == 0 or not tape.training:
+        return x
+    size, number = x.size, x.number
+    if tape.device == "cpu":
+        noise = _made(tape, name, "elementwise", size, number, 3)
+        return multiply(tape, x, noise, name)
+    out = _made(tape, name, "elementwise", size, number, 3)
+    mask = Tensor(tape.new(-(-size // 4), "fp32").storage, size, "fp32")
+    saved = tape.keep(mask)
+
+    def backward(gradients: Sequence[Gradient]) -> tuple[Gradient, ...]:
+        return (_made(tape, name, "elementwise", size, number, 3),)
+
+    return tape.result(out, (x,), saved, backward)
+
+
+def layer_norm(tape: Tape, x: Tensor, weight: Parameter, bias: Parameter | None, name: str) -> Tensor:
+    """Over the last dimension, as wide as the weight."""
+    if tape.device == "gpu" and tape.autocast is not None:
+        x = cast(tape, x, "fp32")
+    size, number = x.size, x.number
+    rows = size // weight.size
+    saved = tape.keep(x, weight, bias)
+    out = _made(tape, name, "normalisation", size, number, 2)
+    statistics: Number = "fp32" if tape.device == "gpu" else weight.number
+    mean, deviation = tape.new(rows, statistics), tape.new(rows, statistics)
+    saved += tape.keep(mean, deviation)
+
+    def backward(gradients: Sequence[Gradient]) -> tuple[Gradient, ...]:
+        into_x = _made(tape, name, "normalisation", size, number, 3)
+        into_weight = tape.new_gradient(weight.size, weight.number, weight)
+        into_bias = None if bias is None else tape.new_gradient(bias.size, bias.number, bias)
+        return into_x, into_weight, into_bias
+
+    return tape.result(out, (x, weight, bias), saved, backward)
+
+
+def split(tape: Tape, x: Tensor, sizes: Sequence[int], name: str) -> list[Tensor]:
+    """Views of parts of x; their gradients are put together in a new tensor."""
+    size, number = x.size, x.number
+    parts = [Tensor(x.storage, part, number, index=i) for i, part in enumerate(sizes)]
+
+    def backward(gradients: Sequence[Gradient]) -> tuple[Gradient, ...]:
+        return (_made(tape, name, "copy", size, number, 2),)
+
+    if tape.training and x.node is not None:
+        node = Node(tape, (x,), [], backward, len(parts))
+        for part in parts:
+            part.node = node
+    return parts
+
+
+def attention(tape: Tape, q: Tensor, k: Tensor, v: Tensor, sizes: tuple[int, int, int, int, int], name: str) -> Tensor:
+    """Softmax(q k^T) v by a fused kernel, which keeps its inputs, its result and a number for each row of the scores.
+
+    Args:
+        sizes: batch, heads, queries, keys, size of a head.
+    """
+    batch, heads, queries, keys, head_size = sizes
+    number = q.number
+    flops, moved = 4.0 * batch * heads * queries * keys * head_size, 2.0 * (q.bytes + k.bytes)
+    saved = tape.keep(q, k, v)
+    out = tape.new(q.size, number)
+    sums = tape.new(batch * heads * queries, "fp32")
+    saved += tape.keep(out, sums)
+    tape.op(name, "attention", flops, moved, sizes, number)
+    lengths = q.size, k.size, v.size
+
+    def backward(gradients: Sequence[Gradient]) -> tuple[Gradient, ...]:
+        tape.op(name, "attention", 2 * flops, 2 * moved, sizes, number)
+        return tuple(tape.new(length, number) for length in lengths)
+
+    return tape.result(out, (q, k, v), saved, backward)
+
+
+def masked_columns(tape: Tape, logits: Tensor) -> Tensor:
+    """Values set in place in a slice of the logits: the gradient is copied before the slice of it is set to 0."""
+    size, number = logits.size, logits.number
+
+    def backward(gradients: Sequence[Gradient]) -> tuple[Gradient, ...]:
+        out = tape.new(size, number, "logits")
+        tape.op("loss.padding", "copy", 0, 2 * out.bytes, (size,), number)
+        return (out,)
+
+    return tape.result(Tensor(logits.storage, size, number), (logits,), [], backward)
+
+
+def cross_entropy(tape: Tape, logits: Tensor) -> Tensor:
+    """Of fp32 logits, summed: log_softmax and nll_loss."""
+    size = logits.size
+    probabilities = tape.new(size, "fp32", "logits")
+    tape.op("loss.log_softmax", "loss", 0, 2 * probabilities.bytes, (size,), "fp32")
+
+    def of_softmax(gradients: Sequence[Gradient]) -> tuple[Gradient, ...]:
+        out = tape.new(size, "fp32", "logits")
+        tape.op("loss.log_softmax", "loss", 0, 3 * out.bytes, (size,), "fp32")
+        return (out,)
+
+    tape.result(probabilities, (logits,), tape.keep(probabilities), of_softmax)
+
+    def of_nll(gradients: Sequence[Gradient]) -> tuple[Gradient, ...]:
+        out = tape.new(size, "fp32", "logits")
+        tape.op("loss.nll", "loss", 0, out.bytes, (size,), "fp32")
+        return (out,)
+
+    saved = tape.keep(probabilities, None)
+    loss = tape.new(1, "fp32")
+    return tape.result(loss, (probabilities,), saved, of_nll)
+
+
+def _wider(x: Tensor, y: Tensor) -> Number:
+    return x.number if WIDTH[x.number] >= WIDTH[y.number] else y.number

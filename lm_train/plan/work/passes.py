@@ -1,0 +1,71 @@
+"""From a network on the tape to its Work: a training pass, and one of a validation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from lm_train.plan.layout import Layout
+from lm_train.plan.work.ops import Number, Stage, Work
+from lm_train.plan.work.tape import Tape, Tensor
+
+Network = Callable[[Tape, Number], Tensor]
+"""Passes a micro batch through a network whose weights are of a type; gives the loss."""
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """Types of the values."""
+
+    weights: Number
+    """Of the weights as the network sees them."""
+    autocast: Number | None
+    """What torch.autocast casts to; None where the strategy casts, or nothing."""
+
+
+def numbers_of(layout: Layout) -> Numbers:
+    """FSDP and ZeRO cast the weights themselves; Lightning's mixed precision is autocast."""
+    match layout.precision:
+        case "32-true":
+            return Numbers("fp32", None)
+        case "bf16-true":
+            return Numbers("bf16", None)
+    low: Number = "fp16" if layout.precision == "16-mixed" else "bf16"
+    if layout.strategy in ("single", "ddp"):
+        return Numbers("fp32", low)
+    return Numbers(low, None)
+
+
+def work_of_passes(layout: Layout, network: Network, batch_bytes: int, evaluation: Network | None = None) -> Work:
+    """
+    Args:
+        layout: decides types, and whether gradients are added to earlier ones.
+        network: in training.
+        batch_bytes: of the micro batch.
+        evaluation: where a validation computes something else.
+    """
+    numbers = numbers_of(layout)
+    accumulates = layout.accumulate_grad_batches > 1 and layout.strategy in ("single", "ddp", "zero1")
+    tape = Tape(layout.accelerator, True, numbers.autocast, accumulates)
+    loss = network(tape, numbers.weights)
+    tape.forget_casts()
+    tape.backward(loss)
+    watched = Tape(layout.accelerator, False, numbers.autocast, False)
+    (evaluation or network)(watched, numbers.weights)
+    return Work(
+        ops=tape.ops,
+        stages=tuple(
+            Stage(
+                name=stage.name,
+                parameters=stage.parameters,
+                forward_peak=stage.forward.total,
+                backward_peak=stage.backward.without_gradients,
+                forward_logits=stage.forward.logits,
+                backward_logits=stage.backward.logits,
+                backward_peak_with_gradients=stage.backward.total,
+            )
+            for stage in tape.stages
+        ),
+        evaluation_peak=max(stage.forward.total for stage in watched.stages),
+        batch_bytes=batch_bytes,
+    )
