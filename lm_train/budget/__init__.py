@@ -1,0 +1,18 @@
+"""The run is held to its budget: what it has used over all its starts, and whether another step still fits. Free of torch."""
+
+from lm_train.budget.account import PRICE_KEY, Account, Start, Tariff, check_terms
+from lm_train.budget.guard import Guard, Rounds, Wish
+from lm_train.budget.spending import Spending, held_since
+
+__all__ = [
+    "PRICE_KEY",
+    "Account",
+    "Guard",
+    "Rounds",
+    "Spending",
+    "Start",
+    "Tariff",
+    "Wish",
+    "check_terms",
+    "held_since",
+]
