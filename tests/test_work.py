@@ -48,7 +48,7 @@ def measured(net: nn.Module, loss: Callable[[nn.Module], Tensor], layout: Layout
     """Of one micro batch; where gradients accumulate, of the second."""
 
     def step() -> None:
-        with torch.autocast("cpu", torch.bfloat16, enabled=layout.precision == "bf16-mixed"):
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=False, enabled=layout.precision == "bf16-mixed"):
             value = loss(net)
         with torch.profiler.record_function("BACKWARD"):
             value.backward()

@@ -1,47 +1,40 @@
 """The most memory that a rank will hold, and when. Free of torch.
 
-A training holds its state all the time (`lm_train.plan.memory`); what comes and goes is followed from moment to moment: the
-forward and backward pass stage by stage (`lm_train.plan.work`), with the gradients and buffers of the strategy
-(`lm_train.plan.exchange`), the update (`lm_train.plan.update`), a validation, a checkpoint. The worst moment counts.
+A training holds its parameters and the optimizer's state all the time (`lm_train.plan.memory`); what comes and goes is followed
+from moment to moment: through the forward and the backward pass stage by stage (`lm_train.plan.work`), with the gradients and
+buffers of the strategy (`lm_train.plan.moments`), through the update (`lm_train.plan.update`), and a validation. The worst
+moment counts. Saving a checkpoint takes nothing more of the device: safetensors writes from the tensors where they are on a
+CPU, and from copies in host memory on a GPU.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from lm_train.clusters import Cluster
-from lm_train.plan.exchange import Exchange, NamedShapes
 from lm_train.plan.layout import Layout
 from lm_train.plan.memory import checkpoint_bytes, state_bytes
+from lm_train.plan.moments import Moments, NamedShapes
 from lm_train.plan.prediction import MemoryPrediction
-from lm_train.plan.update import update_bytes
+from lm_train.plan.update import update_moment
 from lm_train.plan.work import Work
 from lm_train.recipe import AnyOptim
 
 RELATIVE_ERROR = {"cpu": 0.05, "gpu": 0.08}
 """Half of the interval around the prediction: CPU processes as `benchmarks/memory.py` finds them; GPUs an estimate."""
-CPU_RESERVE = 60 << 20
-"""Of a CPU process: code of torch and oneDNN that is first used in training, packed weights, threads' stacks."""
+BARE_PROCESS = 460 << 20
+"""Resident in a rank on a CPU before the network is built: Python, torch, Lightning, lm_train (measured)."""
+CPU_RUNTIME = 27 << 20
+"""What a rank on a CPU holds more after its first steps: code of torch and oneDNN that is first used then, and their tables
+(measured, `benchmarks/memory.py`)."""
+DEEPSPEED = 58 << 20
+"""What DeepSpeed's modules and its engine hold besides on a CPU (measured, `benchmarks/memory.py`)."""
 GPU_CONTEXT = 600 << 20
-"""Estimate: CUDA context, cuBLAS workspace and loaded kernels of one process; 0.3 to 0.5 GB of context are reported."""
+"""Estimate: CUDA context, cuBLAS workspace and loaded kernels of a process; 0.3 to 0.5 GB are reported for the context alone."""
 NCCL = 500 << 20
 """Estimate: buffers of one NCCL communicator with its channels."""
 GPU_FRAGMENTS = 0.04
-"""Estimate: share of what is allocated that the caching allocator holds besides (rounding, fragments)."""
-
-
-@dataclass(frozen=True)
-class _Moment:
-    name: str
-    gradients: int
-    activations: int
-    logits: int
-    buffers: int
-
-    @property
-    def total(self) -> int:
-        return self.gradients + self.activations + self.logits + self.buffers
+"""Estimate: share of what is allocated that the caching allocator holds besides, by rounding and fragments."""
 
 
 def memory_of(
@@ -65,59 +58,37 @@ def memory_of(
         cluster: whose devices have so much memory.
         saves: whether checkpoints are written.
         validates: whether there are validations.
-        gradient_clip: largest norm of the gradient; clipping works in place and needs nothing.
+        gradient_clip: largest norm of the gradient; clipping works in place, and needs nothing.
     """
     state = state_bytes(shapes, layout.strategy, layout.precision, optim, layout.ranks)
-    exchange = Exchange(shapes, work.stages, layout, state)
     offloads = layout.strategy == "zero3_offload" and layout.accelerator == "gpu"
-    moments = list(_passes(work, exchange))
-    if not offloads:
-        moments.append(_update(shapes, layout, optim, exchange))
-    if validates:
-        held = exchange.evaluation()
-        moments.append(_Moment("a validation", held.gradients, work.evaluation_peak, 0, held.buffers))
-    if offloads:  # state, gradients and update are the host's
+    moments = list(Moments(shapes, work, layout, state).all(validates))
+    if offloads:  # state, gradients and the update are the host's
         moments = [replace(moment, gradients=0) for moment in moments]
+    else:
+        moments.append(update_moment(shapes, layout, optim, state))
     worst = max(moments, key=lambda moment: moment.total)
-    kept = (0, 0, 0) if offloads else (state.parameters, worst.gradients, state.optimizer)
+    parameters, optimizer = (0, 0) if offloads else (state.parameters, state.optimizer)
     on_host = state.total if offloads else 0
-    if saves:  # the copies that are written, all at once
+    if saves and layout.accelerator == "gpu":
         on_host += checkpoint_bytes(shapes, layout.strategy, layout.precision, optim) // layout.ranks
-    used = sum(kept) + worst.activations + worst.logits + worst.buffers
     return MemoryPrediction(
-        parameters=kept[0],
-        gradients=kept[1],
-        optimizer=kept[2],
+        parameters=parameters,
+        gradients=worst.gradients,
+        optimizer=optimizer,
         activations=worst.activations,
         logits=worst.logits,
         buffers=worst.buffers,
-        reserve=_reserve(layout, used),
+        reserve=_reserve(layout, parameters + optimizer + worst.total),
         moment=worst.name,
-        host=on_host if layout.accelerator == "gpu" else 0,
+        host=on_host,
         relative_error=RELATIVE_ERROR[layout.accelerator],
         capacity=cluster.device.memory_bytes,
     )
 
 
-def _passes(work: Work, exchange: Exchange) -> Iterator[_Moment]:
-    for number, stage in enumerate(work.stages):
-        held = exchange.forward(number)
-        rest = stage.forward_peak - stage.forward_logits
-        yield _Moment("the forward pass", held.gradients, rest, stage.forward_logits, held.buffers)
-        held = exchange.backward(number)
-        rest = stage.backward_peak - stage.backward_logits
-        yield _Moment("the backward pass", held.gradients, rest, stage.backward_logits, held.buffers)
-    held = exchange.reduced()
-    yield _Moment("the backward pass", held.gradients, work.batch_bytes, 0, held.buffers)
-
-
-def _update(shapes: NamedShapes, layout: Layout, optim: AnyOptim, exchange: Exchange) -> _Moment:
-    gradients, needed = update_bytes(shapes, layout, optim, exchange.state)
-    return _Moment("the update", gradients, 0, 0, needed)
-
-
 def _reserve(layout: Layout, used: int) -> int:
-    """Of the runtime: on a GPU the CUDA context, NCCL, and the allocator's fragments."""
+    """What the runtime holds: on a CPU the process itself and its libraries, on a GPU context, NCCL and fragments."""
     if layout.accelerator == "cpu":
-        return CPU_RESERVE
+        return BARE_PROCESS + CPU_RUNTIME + (DEEPSPEED if layout.strategy.startswith("zero") else 0)
     return GPU_CONTEXT + (NCCL if layout.ranks > 1 else 0) + round(GPU_FRAGMENTS * used)

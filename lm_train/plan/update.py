@@ -1,74 +1,105 @@
 """What an optimizer's update needs beside the state. Free of torch.
 
-Read in torch 2.13 (torch/optim): a GPU gets the fused kernel, which needs nothing, or under 16-mixed, and where torch has no
-fused kernel, the foreach form, which works on all parameters at once; a CPU gets a loop over the parameters.
+Read in torch 2.13 (torch/optim) and measured: a GPU gets the fused kernel, which needs nothing; under 16-mixed, and where torch
+has none, the foreach form, which works on all parameters of a group at once; a CPU gets a loop over the parameters.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from lm_train.plan.layout import Layout
 from lm_train.plan.memory import StateBytes
+from lm_train.plan.moments import UPDATE, Moment, NamedShapes, bucket_of_zero_3
 from lm_train.recipe import AnyOptim
 
-NamedShapes = Sequence[tuple[str, tuple[int, ...]]]
 
+def update_moment(shapes: NamedShapes, layout: Layout, optim: AnyOptim, state: StateBytes) -> Moment:
+    """The worst moment of an update.
 
-def temporaries(optim: AnyOptim, decays: bool) -> int:
-    """Tensors as large as a parameter that the update of one holds at its worst moment, besides the state.
-
-    adam, adamw    sqrt(v), and its quotient by the bias correction; adam's decay besides makes a new gradient
-    sgd            the decayed gradient; Nesterov's
-    adagrad        sqrt(sum) + eps; the decayed gradient
-    rmsprop        sqrt(v) + eps; the decayed gradient
-    muon           as adamw for its part
+    DeepSpeed updates the rank's part of all matrices as one flat fp32 parameter, whose gradient is a copy: the temporaries are
+    as large as that, and the gradients that it was made of are still there.
     """
+    zero = layout.strategy.startswith("zero")
+    width = 4 if zero or layout.precision != "bf16-true" else 2
+    gradients, buffers = state.gradients, 0
+    groups = list(_groups(shapes, optim))
+    match layout.strategy:
+        case "single" | "ddp":
+            sizes = [[math.prod(shape) for shape in group] for group in groups]
+        case "fsdp":
+            sizes = [[-(-shape[0] // layout.ranks) * math.prod(shape[1:]) for shape in group] for group in groups]
+        case _:
+            sizes = [[-(-sum(map(math.prod, group)) // layout.ranks)] for group in groups]
+            buffers = width * max(map(sum, sizes))
+            if layout.strategy.startswith("zero3"):
+                buffers += bucket_of_zero_3(shapes, layout)
+            else:
+                low = 4 if layout.precision == "32-true" else 2
+                gradients = low * -(-sum(math.prod(shape) for _, shape in shapes) // layout.ranks)
+    if layout.accelerator == "cpu":
+        needed = width * max(_looped(optim, group) for group in sizes)
+    else:
+        fused = optim.kind in ("adam", "adamw", "muon") or (optim.kind == "sgd" and layout.strategy != "fsdp")
+        at_once = 0 if fused and layout.precision != "16-mixed" else _foreach(optim)
+        needed = width * at_once * max(sum(group) for group in sizes)
+    if optim.kind == "muon":
+        needed = max(needed, _newton_schulz(shapes, optim.nesterov))
+    return Moment(UPDATE, gradients, 0, 0, buffers + needed)
+
+
+def _groups(shapes: NamedShapes, optim: AnyOptim) -> Iterator[list[tuple[int, ...]]]:
+    """Shapes of each of the optimizer's groups, in order: matrices, vectors (`lm_train.optim.parameter_groups`)."""
+    loose = [
+        shape for name, shape in shapes if not (optim.kind == "muon" and name.startswith("blocks.") and len(shape) == 2)
+    ]
+    for group in ([s for s in loose if len(s) >= 2], [s for s in loose if len(s) < 2]):
+        if group:
+            yield group
+
+
+def _looped(optim: AnyOptim, sizes: Sequence[int]) -> int:
+    """Elements of temporaries at the worst parameter, with those that the one before has left in Python's names.
+
+    adamw, muon    sqrt(v), its quotient by the bias correction; left: that quotient
+    adam           the decayed gradient besides
+    sgd            the decayed gradient, Nesterov's; left: the last of them
+    adagrad        sqrt(sum), the decayed gradient; left: the former
+    rmsprop        sqrt(v), the decayed gradient; left: the former
+    """
+    decays = int(optim.weight_decay > 0)
     match optim.kind:
         case "adamw" | "muon":
-            return 2
+            own, left = 2, 1
         case "adam":
-            return 2 + decays
+            own, left = 2 + decays, 1
         case "sgd":
-            return int(decays) + int(optim.nesterov)
-        case "adagrad":
+            own, left = decays + int(optim.nesterov), 0
+        case "adagrad" | "rmsprop":
+            own, left = 1 + decays, 1
+    return max(own * size + left * before for before, size in zip((0, *sizes), sizes, strict=False))
+
+
+def _foreach(optim: AnyOptim) -> int:
+    """Copies of a group that the foreach form makes."""
+    decays = int(optim.weight_decay > 0)
+    match optim.kind:
+        case "adamw" | "muon":
+            return 1
+        case "adam":
             return 1 + decays
+        case "sgd":
+            return decays
+        case "adagrad":
+            return 2
         case "rmsprop":
             return 1 + decays
 
 
-def update_bytes(shapes: NamedShapes, layout: Layout, optim: AnyOptim, state: StateBytes) -> tuple[int, int]:
-    """Gradients and temporaries, in bytes, at the worst moment of the update.
-
-    DeepSpeed updates the rank's part of all matrices as one flat fp32 parameter, so that the temporaries are as large as
-    that; the others update one parameter after the other.
-    """
-    count = temporaries(optim, optim.weight_decay > 0)
-    ranks, sizes = layout.ranks, [math.prod(shape) for _, shape in shapes]
-    zero = layout.strategy.startswith("zero")
-    width = 4 if zero or layout.precision != "bf16-true" else 2
-    if zero:
-        part = 4 * -(-sum(n for n, (_, shape) in zip(sizes, shapes, strict=True) if len(shape) >= 2) // ranks)
-        whole = 4 * -(-sum(sizes) // ranks)
-        gradients = state.gradients + part if layout.strategy.startswith("zero3") else part
-    else:
-        part = width * -(-max(sizes) // (ranks if layout.strategy == "fsdp" else 1))
-        whole = state.parameters
-        gradients = state.gradients
-    if layout.accelerator == "cpu":
-        needed = count * part
-    elif optim.kind in ("adam", "adamw", "muon") or (optim.kind == "sgd" and layout.strategy != "fsdp"):
-        fused = layout.precision != "16-mixed"
-        needed = 0 if fused else max(1, count - 1) * whole
-    else:
-        needed = max(1, count) * whole
-    if optim.kind == "muon":
-        needed = max(needed, _newton_schulz(shapes))
-    return gradients, needed
-
-
-def _newton_schulz(shapes: NamedShapes) -> int:
-    """Of the largest matrix of the blocks: the fp32 update and its bf16 copies (the iterate, its product, two Gram matrices)."""
+def _newton_schulz(shapes: NamedShapes, nesterov: bool) -> int:
+    """Bytes for the largest a x b matrix of the blocks: Nesterov's update in fp32, the iterate before and after in bf16, and two
+    Gram matrices of the smaller side."""
     matrices = [shape for name, shape in shapes if name.startswith("blocks.") and len(shape) == 2]
-    return max((4 * a * b + 2 * 3 * a * b + 2 * 3 * min(a, b) ** 2 for a, b in matrices), default=0)
+    first = 4 if nesterov else 0
+    return max(((first + 2 + 2) * a * b + 2 * 2 * min(a, b) ** 2 for a, b in matrices), default=0)

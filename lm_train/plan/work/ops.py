@@ -63,6 +63,8 @@ class Stage:
     backward_peak_with_gradients: int = 0
     """The highest count of the same bytes and of the parameters' gradients that this backward pass has made so far. Where
     gradients of earlier micro batches are there, all of them come on top of either peak."""
+    kept_before: int = 0
+    """What is alive as the forward pass enters the stage, and again as the backward pass leaves it."""
 
 
 @dataclass(frozen=True, slots=True)

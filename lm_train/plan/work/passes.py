@@ -45,7 +45,10 @@ def work_of_passes(layout: Layout, network: Network, batch_bytes: int, evaluatio
         evaluation: where a validation computes something else.
     """
     numbers = numbers_of(layout)
-    accumulates = layout.accumulate_grad_batches > 1 and layout.strategy in ("single", "ddp", "zero1")
+    # ddp copies a gradient into its bucket, which is always there
+    accumulates = layout.strategy == "ddp" or (
+        layout.accumulate_grad_batches > 1 and layout.strategy in ("single", "zero1")
+    )
     tape = Tape(layout.accelerator, True, numbers.autocast, accumulates)
     loss = network(tape, numbers.weights)
     tape.forget_casts()
@@ -63,6 +66,7 @@ def work_of_passes(layout: Layout, network: Network, batch_bytes: int, evaluatio
                 forward_logits=stage.forward.logits,
                 backward_logits=stage.backward.logits,
                 backward_peak_with_gradients=stage.backward.total,
+                kept_before=stage.before,
             )
             for stage in tape.stages
         ),

@@ -192,6 +192,8 @@ class _Passed:
 
     def __init__(self, name: str) -> None:
         self.name, self.forward, self.backward, self.parameters = name, Peak(), Peak(), 0
+        self.before = 0
+        """Bytes alive as the forward pass enters it."""
         self.times = (1, 1)
         """How often what the stage does is done, in the forward and in the backward pass, the replicas included."""
         self.records: _Repeated | None = None
@@ -225,6 +227,7 @@ class Tape:
         """What comes now belongs to a stage of that name."""
         self.stage = len(self.stages)
         self.stages.append(_Passed(name))
+        self.stages[-1].before = self.live
         self.peak, self.times = self.stages[-1].forward, 1
         self.peak.take(self)
 
@@ -354,8 +357,8 @@ class Tape:
                 self.op("cast.weight", "copy", 0, parameter.bytes + parameter.size * WIDTH[low], (parameter.size,), low)
                 return (self.new_gradient(parameter.size, parameter.number, parameter),)
 
-            parameter.cast = self.result(out, (parameter,), [], backward)
-            self._casts.append(parameter)
+            # not remembered: Lightning opens autocast with cache_enabled=False, so that each use has a cast of its own
+            return self.result(out, (parameter,), [], backward)
         return parameter.cast
 
     def forget_casts(self) -> None:
