@@ -17,7 +17,7 @@ from lm_train import models
 from lm_train.plan import DataFacts, Layout
 from lm_train.plan.layout import Precision, Recomputed
 from lm_train.plan.work import Work, work_of
-from lm_train.recipe import GPT, AnyModel, Task
+from lm_train.recipe import GPT, AnyModel, Llama, Task
 
 LAYOUT = Layout(
     nodes=1,
@@ -110,6 +110,7 @@ def decoder_loss(model: AnyModel, layout: Layout) -> Callable[[nn.Module], Tenso
 
 DECODERS: dict[str, AnyModel] = {
     "gpt": GPT(n_layer=5, n_head=4, n_embd=64, block_size=64),
+    "llama": Llama(n_layer=5, n_head=4, n_kv_head=2, n_embd=64, block_size=64),
 }
 FEW: list[tuple[str, Precision, Recomputed, int, int]] = [
     ("gpt", "32-true", "none", 1, 1),
@@ -118,6 +119,9 @@ FEW: list[tuple[str, Precision, Recomputed, int, int]] = [
     ("gpt", "bf16-mixed", "none", 1, 1),
     ("gpt", "bf16-mixed", "full", 1, 2),
     ("gpt", "bf16-true", 3, 1, 1),
+    ("llama", "32-true", 2, 4, 1),
+    ("llama", "bf16-mixed", "none", 1, 1),
+    ("llama", "bf16-true", "full", 1, 1),
 ]
 
 

@@ -25,7 +25,7 @@ def work_of(model: AnyModel, task: Task, facts: DataFacts, layout: Layout) -> Wo
     asked: int | str = getattr(model, "vocab_size", "auto")
     vocab_size = facts.vocab_size if isinstance(asked, str) else asked
     match model.kind:
-        case "gpt" if vocab_size is not None:
+        case "gpt" | "llama" if vocab_size is not None:
             return decoder_work(model, padded_vocab_size(vocab_size), vocab_size, layout)
     return None
 

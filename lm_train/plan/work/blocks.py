@@ -11,11 +11,16 @@ from lm_train.plan.work.operations import (
     add,
     attention,
     cast,
+    concatenate,
     cross_entropy,
     dropout,
     layer_norm,
     linear,
     masked_columns,
+    multiply,
+    repeat,
+    rms_norm,
+    scale,
     split,
 )
 from lm_train.plan.work.ops import Number
@@ -34,6 +39,7 @@ class Blocks:
     dropout: float
     bias: bool
     norm: Literal["layer", "rms"]
+    rotary: bool
     gated: bool
     activation: Literal["gelu", "relu"] = "gelu"
     pre_norm: bool = True
@@ -41,10 +47,13 @@ class Blocks:
 
 class Norm:
     def __init__(self, number: Number, config: Blocks) -> None:
+        self.rms = config.norm == "rms"
         self.weight = Parameter(number, config.n_embd)
         self.bias = Parameter(number, config.n_embd) if config.bias and config.norm == "layer" else None
 
     def __call__(self, tape: Tape, x: Tensor, name: str) -> Tensor:
+        if self.rms:
+            return rms_norm(tape, x, self.weight, name)
         return layer_norm(tape, x, self.weight, self.bias, name)
 
 
@@ -75,6 +84,7 @@ class Block:
         self.qkv = Linear(number, d, sum(self.heads) * self.head_size, config.bias)
         self.out = Linear(number, d, d, config.bias)
         self.mlp_norm = Norm(number, config)
+        self.gate = Linear(number, d, config.mlp_width, config.bias) if config.gated else None
         self.up = Linear(number, d, config.mlp_width, config.bias)
         self.down = Linear(number, config.mlp_width, d, config.bias)
 
@@ -94,6 +104,11 @@ class Block:
         rows = self.samples * self.length * self.head_size
         qkv = self.qkv(tape, x, "attention.qkv")
         q, k, v = split(tape, qkv, [rows * heads for heads in self.heads], "attention.split")
+        if self.config.rotary:
+            cos, sin = rotary_angles(tape, self.length, self.head_size)
+            q, k = rotate(tape, q, cos, sin), rotate(tape, k, cos, sin)
+        if self.heads[1] != self.heads[0]:
+            k, v = (repeat(tape, kv, self.heads[0] // self.heads[1], "attention.repeat") for kv in (k, v))
         y = attention(
             tape,
             q,
@@ -105,8 +120,39 @@ class Block:
         return self.out(tape, y, "attention.out")
 
     def mlp(self, tape: Tape, x: Tensor) -> Tensor:
+        if self.gate is not None:
+            gated = multiply(
+                tape,
+                activation(tape, self.gate(tape, x, "mlp.gate"), "silu", "mlp.activation"),
+                self.up(tape, x, "mlp.up"),
+                "mlp.product",
+            )
+            return self.down(tape, gated, "mlp.down")
         wide = self.up(tape, x, "mlp.up")
         return self.down(tape, activation(tape, wide, self.config.activation, "mlp.activation"), "mlp.down")
+
+
+def rotary_angles(tape: Tape, length: int, head_size: int) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of each position's angles."""
+    half = length * (head_size // 2)
+    angles = tape.new(half, "fp32")
+    tape.op("attention.rotary", "elementwise", 0, 6 * angles.bytes, (half,), "fp32")
+    return tape.new(half, "fp32"), tape.new(half, "fp32")
+
+
+def rotate(tape: Tape, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The heads of x turned by these angles, in fp32."""
+    name, number = "attention.rotary", x.number
+    a, b = split(tape, cast(tape, x, "fp32"), [x.size // 2, x.size // 2], name)
+    turned = concatenate(
+        tape,
+        (
+            add(tape, scale(tape, a, cos, name), scale(tape, b, sin, name), name, subtract=True),
+            add(tape, scale(tape, b, cos, name), scale(tape, a, sin, name), name),
+        ),
+        name,
+    )
+    return cast(tape, turned, number)
 
 
 def stack(tape: Tape, x: Tensor, blocks: int, every: int, block: Callable[[Tensor], Tensor], name: str) -> Tensor:

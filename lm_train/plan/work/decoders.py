@@ -29,21 +29,23 @@ def _loss(tape: Tape, number: Number, model: GPT | Llama, rows: int, vocab_size:
     samples, length, d = layout.micro_batch_size, model.block_size, model.n_embd
     match model.kind:
         case "gpt":
-            config = Blocks(
-                model.n_layer, model.n_head, model.n_head, d, 4 * d, model.dropout, model.bias, "layer", False
-            )
+            heads, width = model.n_head, 4 * d
+            bias, rms = model.bias, False
         case "llama":
-            config = Blocks(
-                model.n_layer,
-                model.n_head,
-                model.key_value_heads,
-                d,
-                model.mlp_width,
-                model.dropout,
-                False,
-                "rms",
-                True,
-            )
+            heads, width = model.key_value_heads, model.mlp_width
+            bias, rms = False, True
+    config = Blocks(
+        n_layer=model.n_layer,
+        n_head=model.n_head,
+        n_kv_head=heads,
+        n_embd=d,
+        mlp_width=width,
+        dropout=model.dropout,
+        bias=bias,
+        norm="rms" if rms else "layer",
+        rotary=rms,
+        gated=rms,
+    )
     tape.enter("embedding")
     table = Parameter(number, rows, d)
     x = embedding(tape, table, samples * length, "embedding.tokens")
@@ -58,5 +60,5 @@ def _loss(tape: Tape, number: Number, model: GPT | Llama, rows: int, vocab_size:
     x = stack(tape, x, model.n_layer, layout.recomputed_blocks, block, "block")
     tape.enter("head")
     x = Norm(number, config)(tape, x, "norm")
-    head = table
+    head = table if model.kind == "gpt" or model.tie_embeddings else Parameter(number, rows, d)
     return chunked_cross_entropy(tape, x, head, None, vocab_size, layout.cross_entropy_chunks)

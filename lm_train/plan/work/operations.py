@@ -85,17 +85,18 @@ def embedding(tape: Tape, table: Parameter, count: int, name: str, indices: int 
     return tape.result(out, (table,), saved, backward)
 
 
-def add(tape: Tape, x: Tensor, y: Tensor, name: str) -> Tensor:
-    """x + y, of which one may be broadcast along the first dimensions; in the wider type."""
+def add(tape: Tape, x: Tensor, y: Tensor, name: str, subtract: bool = False) -> Tensor:
+    """x + y, or x - y, of which one may be broadcast along the first dimensions; in the wider type."""
     size, number = max(x.size, y.size), _wider(x, y)
     moved = x.bytes + y.bytes + size * WIDTH[number]
     out = tape.new(size, number)
     tape.op(name, "elementwise", 0, moved, (size,), number)
-    inputs = tuple((each.size, each.number, each.node is not None) for each in (x, y))
+    inputs = [(each.size, each.number, each.node is not None) for each in (x, y)]
 
     def backward(gradients: Sequence[Gradient]) -> tuple[Gradient, ...]:
         (gradient,) = gradients
-        return tuple(_fitted(tape, gradient, *each) for each in inputs)
+        into_y = _made(tape, name, "elementwise", size, number, 2) if subtract else gradient
+        return _fitted(tape, gradient, *inputs[0]), _fitted(tape, into_y, *inputs[1])
 
     return tape.result(out, (x, y), [], backward)
 
@@ -127,13 +128,39 @@ def multiply(tape: Tape, x: Tensor, y: Tensor, name: str) -> Tensor:
     return tape.result(out, (x, y), saved, backward)
 
 
-def elementwise(tape: Tape, x: Tensor, name: str, kind: Kind = "elementwise") -> Tensor:
-    """An operation of constants on each value, which keeps nothing."""
+def scale(tape: Tape, x: Tensor, factors: Tensor | None, name: str) -> Tensor:
+    """x times constants, broadcast."""
+    saved = tape.keep(factors)
     size, number = x.size, x.number
-    out = _made(tape, name, kind, size, number, 2)
+    out = _made(tape, name, "elementwise", size, number, 2)
 
     def backward(gradients: Sequence[Gradient]) -> tuple[Gradient, ...]:
-        return (_made(tape, name, kind, size, number, 2),)
+        return (_made(tape, name, "elementwise", size, number, 2),)
+
+    return tape.result(out, (x,), saved, backward)
+
+
+def concatenate(tape: Tape, parts: Sequence[Tensor], name: str) -> Tensor:
+    """The parts in one new tensor; their gradients are views of its gradient."""
+    sizes, number = [part.size for part in parts], parts[0].number
+    out = _made(tape, name, "copy", sum(sizes), number, 2)
+
+    def backward(gradients: Sequence[Gradient]) -> tuple[Gradient, ...]:
+        (gradient,) = gradients
+        assert gradient is not None
+        return tuple(Tensor(gradient.storage, size, number, view=True) for size in sizes)
+
+    return tape.result(out, parts, [], backward)
+
+
+def repeat(tape: Tape, x: Tensor, times: int, name: str) -> Tensor:
+    """x so many times, in a new tensor."""
+    size, number = x.size, x.number
+    out = _made(tape, name, "copy", times * size, number, 2)
+
+    def backward(gradients: Sequence[Gradient]) -> tuple[Gradient, ...]:
+        tape.op(name, "reduction", 0, (times + 1) * size * WIDTH[number], (times * size,), number)
+        return (tape.new(size, number),)
 
     return tape.result(out, (x,), [], backward)
 
@@ -195,6 +222,68 @@ def layer_norm(tape: Tape, x: Tensor, weight: Parameter, bias: Parameter | None,
         return into_x, into_weight, into_bias
 
     return tape.result(out, (x, weight, bias), saved, backward)
+
+
+def rms_norm(tape: Tape, x: Tensor, weight: Parameter, name: str) -> Tensor:
+    """Over the last dimension. A CPU does it by six operations in fp32, each with a backward pass of its own; CUDA by one."""
+    if tape.device == "gpu":
+        return _fused_rms_norm(tape, x, weight, name)
+    number, rows = x.number, x.size // weight.size
+    wide = cast(tape, x, "fp32")
+    size = wide.size
+
+    def of_squares(gradients: Sequence[Gradient]) -> tuple[Gradient, ...]:
+        power = _made(tape, name, "elementwise", size, "fp32", 2)
+        twice = _made(tape, name, "elementwise", size, "fp32", 2)
+        return (power and twice and _made(tape, name, "elementwise", size, "fp32", 3),)
+
+    def of_mean(gradients: Sequence[Gradient]) -> tuple[Gradient, ...]:
+        return (_made(tape, name, "elementwise", size, "fp32", 1),)
+
+    def of_root(gradients: Sequence[Gradient]) -> tuple[Gradient, ...]:
+        return (tape.new(rows, "fp32"),)
+
+    saved = tape.keep(wide)
+    squares = tape.result(_made(tape, name, "elementwise", size, "fp32", 2), (wide,), saved, of_squares)
+    tape.op(name, "reduction", 0, squares.bytes, (size,), "fp32")
+    mean = tape.result(tape.new(rows, "fp32"), (squares,), [], of_mean)
+    root = tape.new(rows, "fp32")
+    root = tape.result(root, (mean,), tape.keep(root), of_root)
+    del squares, mean
+
+    def of_product(gradients: Sequence[Gradient]) -> tuple[Gradient, ...]:
+        into_x = _made(tape, name, "elementwise", size, "fp32", 2)
+        product = _made(tape, name, "elementwise", size, "fp32", 3)
+        tape.op(name, "reduction", 0, product.bytes, (size,), "fp32")
+        return into_x, tape.new(rows, "fp32")
+
+    saved = tape.keep(wide, root)
+    normed = tape.result(_made(tape, name, "elementwise", size, "fp32", 2), (wide, root), saved, of_product)
+
+    def of_scaled(gradients: Sequence[Gradient]) -> tuple[Gradient, ...]:
+        into_normed = _made(tape, name, "elementwise", size, "fp32", 2)
+        product = _made(tape, name, "elementwise", size, "fp32", 3)
+        tape.op(name, "reduction", 0, product.bytes, (size,), "fp32")
+        return into_normed, tape.new_gradient(weight.size, weight.number, weight)
+
+    saved = tape.keep(normed, weight)
+    out = tape.result(_made(tape, name, "elementwise", size, "fp32", 2), (normed, weight), saved, of_scaled)
+    return cast(tape, out, number)
+
+
+def _fused_rms_norm(tape: Tape, x: Tensor, weight: Parameter, name: str) -> Tensor:
+    if tape.autocast is not None:
+        x = cast(tape, x, "fp32")
+    size, number = x.size, x.number
+    saved = tape.keep(x, weight)
+    out = _made(tape, name, "normalisation", size, number, 2)
+    saved += tape.keep(tape.new(size // weight.size, "fp32"))
+
+    def backward(gradients: Sequence[Gradient]) -> tuple[Gradient, ...]:
+        into_x = _made(tape, name, "normalisation", size, number, 3)
+        return into_x, tape.new_gradient(weight.size, weight.number, weight)
+
+    return tape.result(out, (x, weight), saved, backward)
 
 
 def split(tape: Tape, x: Tensor, sizes: Sequence[int], name: str) -> list[Tensor]:

@@ -243,6 +243,8 @@ class Tape:
             kinds: of the blocks.
             block: what a block does, with its number.
         """
+        # the first and the last block are of their own: what all blocks share comes to be, or goes, with one of them
+        kinds = [(kind, i == 0, i == len(kinds) - 1) for i, kind in enumerate(kinds)]
         found: dict[Hashable, _Repeated] = {}
         last = {kind: i for i, kind in enumerate(kinds)}
         for i, (name, kind) in enumerate(zip(names, kinds, strict=True)):
@@ -400,7 +402,7 @@ class Tape:
             saved = self._unpacked(node)
             results = node.backward(gradients)
             del gradients, saved
-            node.saved = []
+            node.saved, there = [], None
             for edge, result in zip(node.inputs, results, strict=True):
                 if result is None or edge is None:
                     continue
@@ -413,7 +415,7 @@ class Tape:
                     there = waiting[target] = [None] * target.outputs
                     heappush(heap, (-target.number, target))
                 there[index] = result if there[index] is None else self._sum(there, index, result)
-            del results, result
+            del results, result, there
         self._leave(stage, entered, gradients_before)
 
     def _unpacked(self, node: Node) -> list[Storage | None]:
