@@ -17,6 +17,7 @@ usage: lm-train VERB [key=value ...]
   train     train a model            lm-train train recipe=gpt_debug trainer.max_steps=200
   recipes   list the shipped recipes
   show      print a resolved recipe  lm-train show recipe=gpt_small model.n_layer=4 > mine.yaml
+  submit    check a job file against its partition and give it to Slurm      lm-train submit job=job.sbatch
   doctor    check this machine, each problem with its fix
 
 Words: recipe=NAME|PATH  section.key=value  section=KIND  section={key: value}  name=RUN  runs_dir=DIR  seed=N
@@ -36,6 +37,7 @@ VERB_SYNONYMS = {
     "config": "show",
     "print": "show",
     "check": "doctor",
+    "sbatch": "submit",
 }
 
 
@@ -92,6 +94,7 @@ def _dispatch(words: list[str]) -> int:
         "train": _train,
         "recipes": _recipes,
         "show": _show,
+        "submit": _submit,
         "doctor": _doctor,
     }
     if not words or words[0] in ("-h", "--help", "help"):
@@ -148,6 +151,12 @@ def _show(words: list[str]) -> int:
 
     print(dump(load(words)), end="")
     return ExitCode.DONE
+
+
+def _submit(words: list[str]) -> int:
+    from lm_train.submit import file_of, submit
+
+    return submit(file_of(words))
 
 
 def _doctor(words: list[str]) -> int:

@@ -13,7 +13,7 @@ from lm_train.errors import ExitCode
 from lm_train.folds import fold_name, number_of_folds
 from lm_train.hardware import this_machine
 from lm_train.modules import parameter_table
-from lm_train.plan import DataFacts, Plan, checkpoint_bytes, known_facts, make_plan, size_of
+from lm_train.plan import DataFacts, Plan, checkpoint_bytes, known_facts, plan_for, size_of
 from lm_train.recipe import LabelledData, Recipe
 from lm_train.runs import DEBUG_SUFFIX, run_name
 from lm_train.slurm import current_allocation
@@ -31,7 +31,7 @@ def dry_run(recipe: Recipe) -> int:
     allocation = current_allocation()
     plugins.allow(recipe.plugins)
     plugins.check(recipe)
-    plan = make_plan(recipe, this_machine(), allocation)
+    plan = plan_for(recipe, this_machine(), allocation)
     if allocation is not None and not allocation.is_primary:
         return ExitCode.DONE
     facts, assumed = with_assumptions(plan, known_facts(recipe))

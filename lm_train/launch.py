@@ -14,7 +14,7 @@ from lm_train import plugins, runs
 from lm_train.attempt import WRONG_S, Attempt, NotJoined, join, publish
 from lm_train.errors import ExitCode, LMTrainError, OutputError, UsageError
 from lm_train.hardware import Machine, this_machine
-from lm_train.plan import Plan, make_plan, places
+from lm_train.plan import Plan, places, plan_for
 from lm_train.recipe import Recipe
 from lm_train.runs import Owner, RunFolder
 from lm_train.slurm import Allocation, current_allocation
@@ -48,7 +48,7 @@ def _lead(recipe: Recipe, machine: Machine, allocation: Allocation | None, serie
     """The primary's part: everything that is done once."""
     try:
         plugins.check(recipe)
-        plan = make_plan(recipe, machine, allocation)
+        plan = plan_for(recipe, machine, allocation)
         earlier = runs.existing(recipe, allocation)
         if earlier is not None and recipe.resume == "auto" and runs.is_finished(recipe, earlier):
             say(
@@ -88,7 +88,7 @@ def _follow(recipe: Recipe, machine: Machine, allocation: Allocation) -> int:
     problem: LMTrainError | None = None
     try:
         plugins.check(recipe)
-        plan = make_plan(recipe, machine, allocation)
+        plan = plan_for(recipe, machine, allocation)
         _checkpoint(recipe, plan, runs.existing(recipe, allocation))
     except LMTrainError as error:
         problem = error
@@ -202,7 +202,7 @@ def _warnings(recipe: Recipe, plan: Plan, machine: Machine, allocation: Allocati
             f"Slurm job {os.environ['SLURM_JOB_ID']} has {nodes} nodes, this runs on {socket.gethostname()} alone; srun "
             "launch/train.sh uses them all"
         )
-    if allocation is not None and not machine.gpus:
+    if allocation is not None and not machine.gpus and recipe.plan is None:
         if allocation.gpus_on_node:
             given = f"{allocation.gpus_on_node} GPU{'s' if allocation.gpus_on_node > 1 else ''}"
             warnings.append(

@@ -16,7 +16,7 @@ from typing import Any
 
 from lm_train.errors import CheckpointError, ExitCode, OutputError, UsageError
 from lm_train.plan import Plan
-from lm_train.recipe import Recipe, dump
+from lm_train.recipe import Recipe, dump, flat
 from lm_train.recipe.text import parse_yaml
 from lm_train.slurm import Allocation
 
@@ -254,19 +254,9 @@ def write_atomically(file: Path, text: str) -> None:
 def recipe_differences(folder: RunFolder, recipe: Recipe) -> list[str]:
     """What the recipe says otherwise than the one the folder was made with, a line a key."""
     texts = (folder.recipe.read_text(encoding="utf-8"), dump(recipe))
-    old, new = (_flat(parse_yaml(text, "recipe.yaml")[0]) for text in texts)
+    old, new = (flat(parse_yaml(text, "recipe.yaml")[0]) for text in texts)
     keys = sorted((old.keys() | new.keys()) - {"name", "recipe", "runs_dir"})
     return [f"{key}: {old.get(key)} -> {new.get(key)}" for key in keys if old.get(key) != new.get(key)]
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
 
 
 def read_jsonl(file: Path) -> Iterator[dict[str, Any]]:

@@ -75,6 +75,7 @@ SchedulerType=sched/backfill
 SchedulerParameters=bf_interval=1,sched_interval=1,batch_sched_delay=0
 JobRequeue=1
 PartitionName=main Nodes=n[1-$nodes] Default=YES MaxTime=INFINITE State=UP
+PartitionName=short Nodes=n1 Default=NO MaxTime=01:00:00 State=UP
 CONF
     for ((i = 1; i <= nodes; i++)); do
       echo "NodeName=n$i NodeHostname=n$i NodeAddr=127.0.0.$((10 + i)) Port=$((port + i)) CPUs=8 RealMemory=16000 Gres=gpu:$gpus"
@@ -106,7 +107,7 @@ start() { # start PORT NODES GPUS
     fi
   done
   for ((i = 0; i < 300; i++)); do
-    up=$(timeout 5 sinfo -h -N -o %T 2>/dev/null | grep -cx idle || true)
+    up=$(timeout 5 sinfo -h -N -p main -o %T 2>/dev/null | grep -cx idle || true)
     if [ "$up" = "$nodes" ]; then echo "export SLURM_CONF=$conf"; return; fi
     sleep 0.1
   done

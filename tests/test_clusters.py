@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
@@ -25,6 +24,7 @@ from lm_train.errors import UsageError
 from lm_train.hardware import GPU, Machine
 from lm_train.recipe import ClusterSection, dump, load
 from lm_train.slurm import Allocation
+from tests.slurm_answers import install
 
 LAPTOP = Machine(cpu_cores=4, gpus=())
 H100 = GPU("NVIDIA H100 80GB HBM3", 81559 << 20, (9, 0))
@@ -371,34 +371,10 @@ def test_a_recipe_names_its_cluster(tmp_path: Path) -> None:
 
 # partitions, from answers like real ones
 
-PARTITIONS = """\
-PartitionName=cpu AllowGroups=ALL AllowAccounts=ALL AllowQos=ALL Default=NO MaxNodes=UNLIMITED MaxTime=UNLIMITED State=UP
-PartitionName=gpu AllowGroups=ALL AllowAccounts=ai,bio AllowQos=normal Default=YES MaxNodes=4 MaxTime=2-00:00:00 State=UP
-PartitionName=empty AllowAccounts=ALL AllowQos=ALL Default=NO MaxNodes=UNLIMITED MaxTime=01:30:00 State=DOWN
-"""
-NODES = """\
-c1|cpu|64|256000|(null)|idle
-c2|cpu|64|256000|(null)|allocated
-g1|gpu|128|1000000|gpu:h100:8(S:0-1),nvme:1|mixed
-g2|gpu|128|1000000|gpu:h100:8(S:0-1),nvme:1|idle
-g3|gpu|128|1000000|gpu:h100:8(S:0-1),nvme:1|drained
-g4|gpu|128|1000000|gpu:h100:8(S:0-1),nvme:1|down*
-g5|gpu|64|500000|gpu:a100:4|idle
-e1|empty|4|8000|(null)|drained
-"""
-
 
 @pytest.fixture
 def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """`sinfo` and `scontrol` that print the texts above."""
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    for program, text in (("sinfo", NODES), ("scontrol", PARTITIONS)):
-        (folder / program).write_text(f"#!/bin/sh\ncat <<'END'\n{text}END\n")
-        (folder / program).chmod(0o755)
-    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}/usr/bin{os.pathsep}/bin")
-    monkeypatch.delenv("SLURM_JOB_PARTITION", raising=False)
-    return folder
+    return install(tmp_path / "bin", monkeypatch)
 
 
 def planned(**section: object) -> Cluster:
@@ -442,8 +418,9 @@ def test_a_controller_that_does_not_answer(slurm: Path) -> None:
     (slurm / "sinfo").write_text(
         "#!/bin/sh\necho 'slurm_load_partitions: Unable to contact slurm controller' >&2; exit 1\n"
     )
+    assert planned().here, "the commands alone are no cluster"
     with pytest.raises(UsageError, match="sinfo fails: slurm_load_partitions: Unable to contact"):
-        planned()
+        planned(partition="gpu")
 
 
 @pytest.mark.parametrize(

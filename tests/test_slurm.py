@@ -359,3 +359,72 @@ def test_a_hub_out_of_reach_is_one_line(site: Site) -> None:
     said = [line for line in done.stderr.splitlines() if line.startswith("lm-train:") and "warning" not in line]
     assert len(said) == 1, done.stderr
     assert "data=embedded" in said[0]
+
+
+# job files of a plan
+
+WRITE_JOB = """
+import sys
+from pathlib import Path
+from lm_train import sbatch
+from lm_train.clusters import find
+from lm_train.hardware import Machine
+from lm_train.plan import make_plan
+from lm_train.recipe import load
+from lm_train.slurm import Allocation
+
+words = sys.argv[1:]
+recipe = load(words)
+cluster = find(recipe.cluster, Machine(1, ()), None, for_planning=True)
+step = Allocation("0", "0", nodes=cluster.nodes, tasks_per_node=1, node_rank=0, local_task=0, node_name="n1")
+plan = make_plan(recipe, Machine(2, ()), step)
+print(cluster.name, cluster.nodes, cluster.device.name, cluster.site.max_hours)
+sbatch.write(Path("jobs/job.sbatch"), words, recipe, plan, cluster)
+"""
+
+
+def written_job(site: Site, *words: str) -> Path:
+    """A job file for this cluster, written in the checkout."""
+    command = (sys.executable, "-c", WRITE_JOB, *site.words(*words))
+    done = subprocess.run(command, cwd=site.checkout, env=site.environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("partition ")
+    return site.checkout / "jobs" / "job.sbatch"
+
+
+def submit(site: Site, job: Path) -> subprocess.CompletedProcess[str]:
+    return site.run(sys.executable, "-m", "lm_train", "submit", f"job={job}")
+
+
+def test_a_planned_job_is_submitted_and_runs_as_planned(site: Site, plain: RunFolder) -> None:
+    file = written_job(site, "cluster.nodes=2", "cluster.partition=main")
+    done = submit(site, file)
+    assert done.returncode == 0, done.stderr
+    job = done.stdout.splitlines()[-1]
+    site.jobs.append(job)
+    output = site.finish(job)
+    assert site.state(job) == "COMPLETED", output
+    run = RunFolder(site.checkout / "runs" / f"gpt_debug-{job}")
+    assert run.exit_code.read_text() == "0\n"
+    assert "devices       2 x 1 cpu" in output
+    planned, followed = (json.loads(file.read_text()) for file in (Path(f"{file}.plan.json"), run.plan))
+    assert followed == planned
+    assert_same_losses(run, plain)
+
+
+def test_a_job_beyond_its_partition_is_refused_before_slurm_has_it(site: Site) -> None:
+    file = written_job(site, "cluster.partition=short")
+    asked = file.read_text()
+    assert "#SBATCH --time=01:00:00\n" in asked
+    for change, said in (
+        (("--time=01:00:00", "--time=02:00:00"), "--time: 2.00 h asked, partition short allows 1.00 h"),
+        (("--partition=short", "--partition=shrt"), "no partition shrt; did you mean short? There are main, short"),
+        (("--nodes=1", "--nodes=2"), "partition short has 1 with 2 GPUs, 8 CPUs"),
+        (("--nodes=1", "--nodes=1 --gpus-per-node=3"), "1 node with 3 GPUs, 2 CPUs"),
+    ):
+        file.write_text(asked.replace(*change))
+        done = submit(site, file)
+        assert (done.returncode, done.stdout) == (2, ""), done.stderr
+        (line,) = done.stderr.splitlines()
+        assert said in line
+    assert site.call("squeue", "--noheader") == ""

@@ -7,7 +7,7 @@ import os
 from lm_train.clusters.descriptions import cluster_named, is_path
 from lm_train.clusters.devices import device_of, device_of_slurm, link_of
 from lm_train.clusters.machine import DISK_BANDWIDTH, LOOPBACK, cpu_device, this_cluster
-from lm_train.clusters.partitions import Partition, partition_named, slurm_is_here
+from lm_train.clusters.partitions import NoSlurmError, Partition, partition_named, slurm_is_here
 from lm_train.clusters.types import Cluster, Link, Site
 from lm_train.errors import UsageError
 from lm_train.hardware import Machine
@@ -36,7 +36,11 @@ def find(
         return _limited(_with_section(cluster_named(section.name), section), section)
     if allocation is None and for_planning and slurm_is_here():
         name = section.partition or os.environ.get("SLURM_JOB_PARTITION")  # the shell of salloc names its own
-        return _limited(_with_section(_of_partition(partition_named(name)), section), section)
+        try:
+            return _limited(_with_section(_of_partition(partition_named(name)), section), section)
+        except NoSlurmError:
+            if name is not None:  # else nobody speaks of Slurm: its commands lie here, and no cluster is behind them
+                raise
     return _limited(_with_section(this_cluster(machine, allocation), section), section)
 
 

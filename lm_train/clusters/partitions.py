@@ -19,6 +19,10 @@ _GONE = ("DOWN", "DRAIN", "FAIL", "MAINT", "NO_RESPOND", "POWERED_DOWN", "UNKNOW
 """States, or parts of them, of nodes that take no jobs; a reboot or a drain may end, an allocation certainly does."""
 
 
+class NoSlurmError(UsageError):
+    """Slurm's commands are not here, or its controller does not answer."""
+
+
 class NodeKind(NamedTuple):
     """Equal nodes."""
 
@@ -70,7 +74,7 @@ def partitions() -> dict[str, Partition]:
     """All partitions by name, the default one first.
 
     Raises:
-        UsageError: if Slurm's controller does not answer.
+        NoSlurmError: if Slurm's controller does not answer.
     """
     nodes = _nodes(answer_of("sinfo", "--noheader", "--Node", "--exact", "--format=%N|%R|%c|%m|%G|%T"))
     found = {}
@@ -115,17 +119,17 @@ def answer_of(*command: str) -> str:
     """What one of Slurm's commands prints.
 
     Raises:
-        UsageError: if it is not here, or its controller does not answer.
+        NoSlurmError: if it is not here, or its controller does not answer.
     """
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_S)
     except FileNotFoundError:
-        raise UsageError(f"no {command[0]} here: this is no machine of a Slurm cluster") from None
+        raise NoSlurmError(f"no {command[0]} here: this is no machine of a Slurm cluster") from None
     except (OSError, subprocess.SubprocessError) as error:
-        raise UsageError(f"{command[0]} does not answer ({type(error).__name__}); run it to see why") from None
+        raise NoSlurmError(f"{command[0]} does not answer ({type(error).__name__}); run it to see why") from None
     if done.returncode:
         said = done.stderr.strip().splitlines()[-1:] or ["no reason given"]
-        raise UsageError(f"{command[0]} fails: {said[0]}")
+        raise NoSlurmError(f"{command[0]} fails: {said[0]}")
     return done.stdout
 
 

@@ -3,6 +3,7 @@
 from lm_train.plan.counts import flops_per_sample, parameter_count, parameter_shapes
 from lm_train.plan.counts.dense import pooled_shape
 from lm_train.plan.facts import DataFacts, known_facts
+from lm_train.plan.given import made_for, plan_for
 from lm_train.plan.layout import Layout, Precision, Strategy
 from lm_train.plan.memory import StateBytes, checkpoint_bytes, state_bytes
 from lm_train.plan.places import Place, places
@@ -25,11 +26,13 @@ __all__ = [
     "checkpoint_bytes",
     "flops_per_sample",
     "known_facts",
+    "made_for",
     "make_plan",
     "padded_vocab_size",
     "parameter_count",
     "parameter_shapes",
     "places",
+    "plan_for",
     "pooled_shape",
     "size_of",
     "state_bytes",

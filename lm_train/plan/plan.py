@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -68,6 +68,8 @@ class Plan(BaseModel):
     """What the run may use in all its starts together, by name as in the recipe's budget; empty: no limit."""
     prediction: Prediction | None
     """None where nothing is known of the network before it is built."""
+    made_for: dict[str, Any] = {}
+    """Values of the recipe that it was made for, where another start is to follow it; empty: not said."""
     reasons: dict[str, str]
     """Why each `auto` became what it is, by the recipe's key."""
 

@@ -15,7 +15,7 @@ from lm_train.recipe.data_sections import (
     TextData,
 )
 from lm_train.recipe.files import shipped_recipes
-from lm_train.recipe.load import PLUGINS_VARIABLE, dump, load
+from lm_train.recipe.load import PLUGINS_VARIABLE, dump, flat, load
 from lm_train.recipe.model_sections import (
     BERT,
     CNN,
@@ -74,6 +74,7 @@ __all__ = [
     "TrackingSection",
     "TrainerSection",
     "dump",
+    "flat",
     "further_ids",
     "load",
     "samples_are_sequences",

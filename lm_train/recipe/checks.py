@@ -215,6 +215,11 @@ def _path_conflicts(recipe: Recipe) -> Iterator[Conflict]:
                 f"{tokenizer} holds no vocabulary; expected a tokenizer.json, or a folder with "
                 "tokenizer.json, or encoder.json and vocab.bpe, or vocab.json and merges.txt",
             )
+    if recipe.plan is not None and not exists(recipe.plan):
+        yield (
+            [("plan",)],
+            f"expected a file that lm-train plan wrote; no such file: {shown(recipe.plan)}{near_path(recipe.plan)}",
+        )
     if recipe.resume not in ("auto", "never") and not exists(recipe.resume):
         near = nearest_value(recipe.resume, RESUME, ())
         hint = f"; did you mean resume={near}?" if near else near_path(recipe.resume)

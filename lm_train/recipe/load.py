@@ -33,7 +33,7 @@ PLUGINS_VARIABLE = "LM_TRAIN_PLUGINS"
 """Environment variable with the packages whose code may run, separated by commas: as `plugins=` on the command line."""
 PLACEHOLDER = "missing:missing"
 """Stands for a needed key that is faulty or absent while the rest is checked; every kind of text takes it."""
-RUN_WORDS = ("resume", "dry_run", "plugins")
+RUN_WORDS = ("resume", "dry_run", "plan", "plugins")
 """Words about one start of a run; they are not part of what the run is."""
 
 
@@ -85,7 +85,7 @@ def load(words: Sequence[str]) -> Recipe:
 
 
 def dump(recipe: Recipe) -> str:
-    """The resolved recipe as YAML that `load` reads back to an equal recipe (but for `resume`, `dry_run` and `plugins`)."""
+    """The resolved recipe as YAML that `load` reads back to an equal recipe (but for `RUN_WORDS`)."""
     values = recipe.model_dump(mode="json", exclude=set(RUN_WORDS))
     if values["name"] is None:
         del values["name"]
@@ -93,6 +93,17 @@ def dump(recipe: Recipe) -> str:
         if "kind" in values[section]:
             values[section] = {"kind": values[section].pop("kind"), **values[section]}
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested mapping with one level of keys: `model.n_layer`."""
+    result: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            result |= flat(value, f"{prefix}{key}.")
+        else:
+            result[prefix + key] = value
+    return result
 
 
 class _Dumper(yaml.SafeDumper):

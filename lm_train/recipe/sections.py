@@ -227,6 +227,8 @@ class Recipe(Section):
     """One process, 20 steps, checks and profile; see README."""
     dry_run: bool = False
     """Build on the meta device, print parameters and plan, write nothing."""
+    plan: Text | None = None
+    """File of a plan that this start follows exactly, as `lm-train plan sbatch=PATH` writes it; null: a new plan."""
     plugins: Packages = ()
     """Top-level packages whose code this start may run, for model=custom and data=custom; a recipe file cannot allow any."""
     model: AnyModel = GPT()
