@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -13,13 +12,10 @@ from lm_train.errors import ExitCode
 from lm_train.folds import fold_name, number_of_folds
 from lm_train.hardware import this_machine
 from lm_train.modules import parameter_table
-from lm_train.plan import DataFacts, Plan, checkpoint_bytes, known_facts, plan_for, size_of
+from lm_train.plan import ASSUMED, DataFacts, Plan, checkpoint_bytes, known_facts, plan_for, size_of
 from lm_train.recipe import LabelledData, Recipe
 from lm_train.runs import DEBUG_SUFFIX, run_name
 from lm_train.slurm import current_allocation
-
-ASSUMED: dict[str, Any] = {"vocab_size": 256, "input_shape": (1, 28, 28), "n_outputs": 10}
-"""For the count, where only the data can tell."""
 
 
 def dry_run(recipe: Recipe) -> int:

@@ -38,6 +38,7 @@ ROOMS = (
     "rendezvous",
     "strategy",
     "modules",
+    "trace",
     "loop",
     "checkpoint",
     "generate",

@@ -2,7 +2,7 @@
 
 from lm_train.plan.counts import flops_per_sample, parameter_count, parameter_shapes
 from lm_train.plan.counts.dense import pooled_shape
-from lm_train.plan.facts import DataFacts, known_facts
+from lm_train.plan.facts import ASSUMED, DataFacts, assumed_facts, known_facts
 from lm_train.plan.given import made_for, plan_for
 from lm_train.plan.layout import Layout, Precision, Strategy
 from lm_train.plan.memory import StateBytes, checkpoint_bytes, state_bytes
@@ -12,6 +12,7 @@ from lm_train.plan.planner import make_plan
 from lm_train.plan.prediction import Interval, MemoryPrediction, Prediction, TimePrediction
 
 __all__ = [
+    "ASSUMED",
     "DataFacts",
     "Interval",
     "Layout",
@@ -23,6 +24,7 @@ __all__ = [
     "StateBytes",
     "Strategy",
     "TimePrediction",
+    "assumed_facts",
     "checkpoint_bytes",
     "flops_per_sample",
     "known_facts",

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
-from lm_train.recipe import Recipe, further_ids, task_of
+from lm_train.recipe import Recipe, Task, further_ids, task_of
 from lm_train.recipe.tokenizer_names import known_vocab_size
+
+ASSUMED: dict[str, Any] = {"vocab_size": 256, "input_shape": (1, 28, 28), "n_outputs": 10}
+"""Where only the data can tell."""
 
 
 @dataclass(frozen=True)
@@ -55,3 +59,16 @@ def known_facts(recipe: Recipe) -> DataFacts:
         areas = 8 if data.path is None else None  # of the standard library
         return DataFacts(vocab_size=vocab_size, n_outputs=areas, max_length=data.max_length)
     return DataFacts(vocab_size=vocab_size)
+
+
+def assumed_facts(task: Task, facts: DataFacts) -> tuple[DataFacts, str]:
+    """The facts with assumptions in place of what a network of the task needs and only the data can tell.
+
+    Returns:
+        The facts, and what was assumed, for a person: `vocab_size=256`; empty where nothing was.
+    """
+    wanted = ["vocab_size"]
+    if task in ("classification", "regression"):
+        wanted = ["vocab_size" if facts.max_length is not None else "input_shape", "n_outputs"]
+    missing = {name: ASSUMED[name] for name in wanted if getattr(facts, name) is None}
+    return replace(facts, **missing), ", ".join(f"{name}={value}" for name, value in missing.items())
