@@ -29,9 +29,7 @@ class Passes:
     gradients: frozenset[int]
     """Of the parameters, from their birth on."""
     batch_bytes: int
-    """Of the training's; alive all through its passes."""
-    evaluation_bytes: int
-    """Of the validation's."""
+    """Of the training's."""
 
 
 def run_passes(
@@ -69,7 +67,7 @@ def run_passes(
             module.eval()
             with torch.no_grad(), autocast(layout):
                 _evaluate(module, evaluation)
-    return Passes(recorder.recording, frozenset(given), frozenset(gradients), bytes_of(batch), bytes_of(evaluation))
+    return Passes(recorder.recording, frozenset(given), frozenset(gradients), bytes_of(batch))
 
 
 def _evaluate(module: TrainingModule, batch: Batch) -> None:

@@ -111,10 +111,9 @@ def _moments(
         if number in run.given:
             continue
         stage = stage_of[min(event.segment, len(stage_of) - 1)]
-        batch = run.evaluation_bytes if event.phase == "evaluation" else run.batch_bytes
 
         def moment() -> Moment:
-            return Moment(alive + batch, of_logits, alive + batch + of_gradients)  # noqa: B023
+            return Moment(alive, of_logits, alive + of_gradients)  # noqa: B023
 
         some = found.setdefault((event.micro, event.phase, stage), [moment()])
         if number in run.gradients:

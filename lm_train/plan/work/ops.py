@@ -49,7 +49,7 @@ class Stage:
     """A part of the network that is passed at once: the embedding, a block, the head with the loss.
 
     Peaks are bytes of everything that is alive then because of the micro batch: what earlier stages keep for their backward
-    passes included; parameters, their gradients and the optimizer's state not.
+    passes included; the batch itself, parameters, their gradients and the optimizer's state not.
     """
 
     name: str
