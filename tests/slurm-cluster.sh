@@ -75,7 +75,7 @@ SchedulerType=sched/backfill
 SchedulerParameters=bf_interval=1,sched_interval=1,batch_sched_delay=0
 JobRequeue=1
 PartitionName=main Nodes=n[1-$nodes] Default=YES MaxTime=INFINITE State=UP
-PartitionName=short Nodes=n1 Default=NO MaxTime=01:00:00 State=UP
+PartitionName=short Nodes=n$nodes Default=NO MaxTime=01:00:00 State=UP
 CONF
     for ((i = 1; i <= nodes; i++)); do
       echo "NodeName=n$i NodeHostname=n$i NodeAddr=127.0.0.$((10 + i)) Port=$((port + i)) CPUs=8 RealMemory=16000 Gres=gpu:$gpus"

@@ -33,6 +33,6 @@ def install(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for program in ("sinfo", "scontrol", "sbatch"):
         (folder / program).chmod(0o755)
     monkeypatch.setenv("PATH", f"{folder}{os.pathsep}/usr/bin{os.pathsep}/bin")
-    for name in ("SLURM_JOB_PARTITION", "SBATCH_PARTITION", "SBATCH_ACCOUNT", "SBATCH_QOS"):
+    for name in ("SLURM_JOB_PARTITION", "SLURM_JOB_NUM_NODES", "SBATCH_PARTITION", "SBATCH_ACCOUNT", "SBATCH_QOS"):
         monkeypatch.delenv(name, raising=False)
     return folder

@@ -399,6 +399,20 @@ def test_a_partition_by_name(slurm: Path) -> None:
     assert cluster.site.max_hours is None
 
 
+def test_the_shell_of_salloc_plans_for_its_job(slurm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_PARTITION", "cpu")
+    monkeypatch.setenv("SLURM_JOB_NUM_NODES", "1")
+    assert (planned().name, planned().nodes) == ("partition cpu", 1)
+    assert planned(partition="gpu").nodes == 2
+
+
+def test_a_description_has_the_limits_of_its_partition_here(slurm: Path) -> None:
+    site = planned(name="h100x8", partition="gpu").site
+    assert (site.partition, site.max_hours, site.max_nodes) == ("gpu", 48.0, 4)
+    assert planned(name="h100x8", partition="elsewhere").site.max_hours is None
+    assert find(ClusterSection(name="h100x8", partition="gpu"), LAPTOP, None).site.max_hours is None
+
+
 @pytest.mark.parametrize(
     ("section", "said"),
     [

@@ -7,7 +7,7 @@ import os
 from lm_train.clusters.descriptions import cluster_named, is_path
 from lm_train.clusters.devices import device_of, device_of_slurm, link_of
 from lm_train.clusters.machine import DISK_BANDWIDTH, LOOPBACK, cpu_device, this_cluster
-from lm_train.clusters.partitions import NoSlurmError, Partition, partition_named, slurm_is_here
+from lm_train.clusters.partitions import NoSlurmError, Partition, partition_named, partitions, slurm_is_here
 from lm_train.clusters.types import Cluster, Link, Site
 from lm_train.errors import UsageError
 from lm_train.hardware import Machine
@@ -33,11 +33,14 @@ def find(
         UsageError: with every fault of the name, the file or the section, one line each.
     """
     if section.name != "auto":
-        return _limited(_with_section(cluster_named(section.name), section), section)
+        cluster = _with_section(cluster_named(section.name), section)
+        return _limited(_with_limits(cluster) if for_planning else cluster, section)
     if allocation is None and for_planning and slurm_is_here():
         name = section.partition or os.environ.get("SLURM_JOB_PARTITION")  # the shell of salloc names its own
+        nodes = os.environ.get("SLURM_JOB_NUM_NODES") if section.partition is None else None
         try:
-            return _limited(_with_section(_of_partition(partition_named(name)), section), section)
+            cluster = _of_partition(partition_named(name), int(nodes) if nodes else None)
+            return _limited(_with_section(cluster, section), section)
         except NoSlurmError:
             if name is not None:  # else nobody speaks of Slurm: its commands lie here, and no cluster is behind them
                 raise
@@ -105,15 +108,31 @@ def _same_device(cluster: Cluster, machine: Machine) -> bool:
     return True
 
 
-def _of_partition(partition: Partition) -> Cluster:
-    """Equal nodes of a partition: the kind of which it has most, where it has several."""
+def _with_limits(cluster: Cluster) -> Cluster:
+    """What this Slurm says of the described partition, if it is one of its own; lm-train submit looks at it again."""
+    name = cluster.site.partition
+    if name is None or not slurm_is_here():
+        return cluster
+    try:
+        partition = partitions().get(name)
+    except NoSlurmError:
+        return cluster
+    if partition is None:
+        return cluster
+    limits = {"max_hours": partition.max_hours, "max_nodes": partition.max_nodes}
+    known = {key: value for key, value in limits.items() if value is not None and getattr(cluster.site, key) is None}
+    return cluster.model_copy(update={"site": cluster.site.model_copy(update=known)})
+
+
+def _of_partition(partition: Partition, most: int | None) -> Cluster:
+    """Equal nodes of a partition: the kind of which it has most, where it has several; at most so many."""
     what = f"partition {partition.name}"
     if not partition.kinds:
         raise UsageError(
             f"cluster.partition: {what} has no node that takes jobs now (sinfo --partition={partition.name})"
         )
     kind = partition.main_kind
-    nodes = min(partition.kinds[kind], partition.max_nodes or partition.kinds[kind])
+    nodes = min(filter(None, (partition.kinds[kind], partition.max_nodes, most)))
     cores = max(1, kind.cpus)
     source = f"sinfo and scontrol, {what}"
     site = Site(
