@@ -15,6 +15,7 @@ HELP = """\
 usage: lm-train VERB [key=value ...]
 
   train     train a model            lm-train train recipe=gpt_debug trainer.max_steps=200
+  plan      how to spend a budget    lm-train plan recipe=gpt_small cluster=h100x8 budget.gpu_hours=40 why=true
   recipes   list the shipped recipes
   show      print a resolved recipe  lm-train show recipe=gpt_small model.n_layer=4 > mine.yaml
   submit    check a job file against its partition and give it to Slurm      lm-train submit job=job.sbatch
@@ -23,7 +24,7 @@ usage: lm-train VERB [key=value ...]
 Words: recipe=NAME|PATH  section.key=value  section=KIND  section={key: value}  name=RUN  runs_dir=DIR  seed=N
        resume=auto|never|PATH  debug=true  dry_run=true  plugins=PACKAGE (whose code may run)
        data.folds=K (cross-validation: K runs and their mean; data.fold=I one of them)
-Sections: model data optim trainer checkpoint tracking; `lm-train show recipe=NAME` prints every key with its value.
+Sections: model data optim trainer checkpoint tracking budget cluster; `lm-train show recipe=NAME` prints every key.
 
 Exit codes: 0 done; 2 wrong command; 65 bad checkpoint; 66 bad data; 70 our bug; 73 cannot write; 75 stopped early,
 start again; 130 Ctrl-C, saved."""
@@ -92,6 +93,7 @@ def _one_line(text: str) -> str:
 def _dispatch(words: list[str]) -> int:
     verbs: dict[str, Callable[[list[str]], int]] = {
         "train": _train,
+        "plan": _plan,
         "recipes": _recipes,
         "show": _show,
         "submit": _submit,
@@ -132,6 +134,12 @@ def _train(words: list[str]) -> int:
 
     outlive_readers()
     return train(recipe) if number_of_folds(recipe) is None else train_folds(recipe)
+
+
+def _plan(words: list[str]) -> int:
+    from lm_train.planning import plan
+
+    return plan(words)
 
 
 def _recipes(words: list[str]) -> int:

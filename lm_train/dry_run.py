@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import torch
@@ -12,7 +11,15 @@ from lm_train.errors import ExitCode
 from lm_train.folds import fold_name, number_of_folds
 from lm_train.hardware import this_machine
 from lm_train.modules import parameter_table
-from lm_train.plan import ASSUMED, DataFacts, Plan, checkpoint_bytes, known_facts, plan_for, size_of
+from lm_train.plan import (
+    Plan,
+    checkpoint_bytes,
+    known_facts,
+    plan_for,
+    plan_table,
+    size_of,
+    with_assumptions,
+)
 from lm_train.recipe import LabelledData, Recipe
 from lm_train.runs import DEBUG_SUFFIX, run_name
 from lm_train.slurm import current_allocation
@@ -27,17 +34,18 @@ def dry_run(recipe: Recipe) -> int:
     allocation = current_allocation()
     plugins.allow(recipe.plugins)
     plugins.check(recipe)
-    plan = plan_for(recipe, this_machine(), allocation)
+    plan = plan_for(recipe, this_machine(), allocation, must_fit=False)
     if allocation is not None and not allocation.is_primary:
         return ExitCode.DONE
-    facts, assumed = with_assumptions(plan, known_facts(recipe))
+    facts, assumed = with_assumptions(recipe, known_facts(recipe))
+    said = f"  (with {assumed}; the data decide)" if assumed else ""
     with torch.device("meta"):
         net = models.build(recipe.model, plan, facts)
-    print(f"recipe {recipe.recipe}\nplan\n{plan.table()}\nparameters")
+    print(f"recipe {recipe.recipe}\nplan\n{plan_table(plan)}\nparameters")
     for name, count in parameter_table(net):
         print(f"  {name:<20} {count:>15,}")
     total = sum(p.numel() for p in net.parameters())
-    print(f"  {'total':<20} {total:>15,}{assumed}")
+    print(f"  {'total':<20} {total:>15,}{said}")
     title = f"{recipe.recipe}{DEBUG_SUFFIX if recipe.debug else ''}-N"
     run = Path(recipe.runs_dir) / (run_name(recipe, allocation) or title)
     folds = number_of_folds(recipe)
@@ -61,17 +69,3 @@ def _files(recipe: Recipe, plan: Plan) -> list[str]:
     files += ["tokenizer.json"] if "tokenizer" in type(recipe.data).model_fields else []
     files += ["preprocessing.json"] if isinstance(recipe.data, LabelledData) else []
     return files + (["evaluation/"] if plan.task == "classification" else [])
-
-
-def with_assumptions(plan: Plan, facts: DataFacts) -> tuple[DataFacts, str]:
-    """The facts with assumptions in place of what is not known, and what was assumed, for a person."""
-    wanted = (
-        ["vocab_size"]
-        if plan.task in ("causal_lm", "masked_lm", "seq2seq")
-        else ["vocab_size", "input_shape", "n_outputs"]
-    )
-    missing = {name: ASSUMED[name] for name in wanted if getattr(facts, name) is None}
-    if not missing or plan.n_parameters is not None:
-        return dataclasses.replace(facts, **missing), ""
-    said = ", ".join(f"{name}={value}" for name, value in missing.items())
-    return dataclasses.replace(facts, **missing), f"  (with {said}; the data decide)"

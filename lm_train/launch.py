@@ -14,7 +14,7 @@ from lm_train import plugins, runs
 from lm_train.attempt import WRONG_S, Attempt, NotJoined, join, publish
 from lm_train.errors import ExitCode, LMTrainError, OutputError, UsageError
 from lm_train.hardware import Machine, this_machine
-from lm_train.plan import Plan, places, plan_for
+from lm_train.plan import Plan, places, plan_for, plan_table
 from lm_train.recipe import Recipe
 from lm_train.runs import Owner, RunFolder
 from lm_train.slurm import Allocation, current_allocation
@@ -71,7 +71,7 @@ def _lead(recipe: Recipe, machine: Machine, allocation: Allocation | None, serie
             _note_folder(folder)
             for warning in _warnings(recipe, plan, machine, allocation):
                 say(f"lm-train: warning: {warning}")
-            say(f"run folder {folder.root}\nplan\n{plan.table()}")
+            say(f"run folder {folder.root}\nplan\n{plan_table(plan)}")
             attempt = publish(folder, allocation, checkpoint)
             code = _supervise(recipe, folder, plan, machine, allocation, attempt, checkpoint, series)
             if code == ExitCode.BAD_CHECKPOINT:  # the ranks found that the run cannot go on as this recipe says

@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from lm_train import models
-from lm_train.plan import DataFacts, Layout, assumed_facts, known_facts, parameter_shapes, traced
+from lm_train.plan import DataFacts, Layout, known_facts, parameter_shapes, traced, with_assumptions
 from lm_train.plan.traced import TracedWork, Untraceable, trace_of, traced_work
 from lm_train.plan.work import Op, Work
 from lm_train.recipe import Recipe, load, shipped_recipes, task_of
@@ -55,7 +55,7 @@ MEASURED = {
 
 
 def facts_of(recipe: Recipe) -> DataFacts:
-    return assumed_facts(task_of(recipe), known_facts(recipe))[0]
+    return with_assumptions(recipe, known_facts(recipe))[0]
 
 
 def real_parts(recipe: Recipe, layout: Layout):

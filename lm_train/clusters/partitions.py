@@ -66,8 +66,14 @@ class Partition:
 
 
 def slurm_is_here() -> bool:
-    """Whether Slurm's commands are installed."""
-    return shutil.which("sinfo") is not None and shutil.which("scontrol") is not None
+    """Whether Slurm's commands are installed and know of a cluster; where they are installed only, there is none."""
+    if shutil.which("sinfo") is None or shutil.which("scontrol") is None:
+        return False
+    try:
+        asked = subprocess.run(["sinfo", "--noheader", "--format=%R"], capture_output=True, text=True, timeout=ANSWER_S)
+    except (OSError, subprocess.SubprocessError):
+        return True  # the questions that follow say what is wrong
+    return "configuration source" not in asked.stderr
 
 
 def partitions() -> dict[str, Partition]:

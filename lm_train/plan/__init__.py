@@ -2,17 +2,18 @@
 
 from lm_train.plan.counts import flops_per_sample, parameter_count, parameter_shapes
 from lm_train.plan.counts.dense import pooled_shape
-from lm_train.plan.facts import ASSUMED, DataFacts, assumed_facts, known_facts
+from lm_train.plan.facts import DataFacts, known_facts, with_assumptions
 from lm_train.plan.given import made_for, plan_for
 from lm_train.plan.layout import Layout, Precision, Strategy
 from lm_train.plan.memory import StateBytes, checkpoint_bytes, state_bytes
 from lm_train.plan.places import Place, places
 from lm_train.plan.plan import Plan, padded_vocab_size, size_of
-from lm_train.plan.planner import make_plan
+from lm_train.plan.planner import Schedule, make_plan, schedule
 from lm_train.plan.prediction import Interval, MemoryPrediction, Prediction, TimePrediction
+from lm_train.plan.table import plan_table
+from lm_train.plan.target import Target
 
 __all__ = [
-    "ASSUMED",
     "DataFacts",
     "Interval",
     "Layout",
@@ -21,10 +22,11 @@ __all__ = [
     "Plan",
     "Precision",
     "Prediction",
+    "Schedule",
     "StateBytes",
     "Strategy",
+    "Target",
     "TimePrediction",
-    "assumed_facts",
     "checkpoint_bytes",
     "flops_per_sample",
     "known_facts",
@@ -35,7 +37,10 @@ __all__ = [
     "parameter_shapes",
     "places",
     "plan_for",
+    "plan_table",
     "pooled_shape",
+    "schedule",
     "size_of",
     "state_bytes",
+    "with_assumptions",
 ]

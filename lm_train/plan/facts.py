@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import dataclasses
+from dataclasses import dataclass
 from typing import Any
 
-from lm_train.recipe import Recipe, Task, further_ids, task_of
+from lm_train.recipe import Recipe, further_ids, task_of
 from lm_train.recipe.tokenizer_names import known_vocab_size
-
-ASSUMED: dict[str, Any] = {"vocab_size": 256, "input_shape": (1, 28, 28), "n_outputs": 10}
-"""Where only the data can tell."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +36,29 @@ class DataFacts:
     """Mean lengths of the training pairs' sources and targets."""
 
 
+HUB_IMAGES: dict[str, tuple[tuple[int, int, int], int]] = {
+    "uoft-cs/cifar10": ((3, 32, 32), 10),
+    "uoft-cs/cifar100": ((3, 32, 32), 100),
+    "ylecun/mnist": ((1, 28, 28), 10),
+    "zalando-datasets/fashion_mnist": ((1, 28, 28), 10),
+}
+"""Shape and classes of well-known data sets of the hub, by their cards."""
+ASSUMED: dict[str, Any] = {"vocab_size": 256, "input_shape": (1, 28, 28), "n_outputs": 10}
+"""Where only the data can tell: bytes, MNIST's images, ten classes."""
+
+
+def with_assumptions(recipe: Recipe, facts: DataFacts) -> tuple[DataFacts, str]:
+    """The facts with assumptions in place of what the network needs and is not known; and what was assumed, for a person."""
+    task = task_of(recipe)
+    if task in ("causal_lm", "masked_lm", "seq2seq"):
+        wanted = ["vocab_size"]
+    else:
+        wanted = ["vocab_size" if facts.max_length is not None else "input_shape", "n_outputs"]
+    missing = {name: ASSUMED[name] for name in wanted if getattr(facts, name) is None}
+    said = ", ".join(f"{name}={value}" for name, value in missing.items())
+    return dataclasses.replace(facts, **missing), said
+
+
 def known_facts(recipe: Recipe) -> DataFacts:
     """What can be told without reading the data."""
     data = recipe.data
@@ -51,6 +72,9 @@ def known_facts(recipe: Recipe) -> DataFacts:
         return DataFacts(vocab_size=vocab_size, guessed_fraction=getattr(data, "mask_fraction", None))
     if data.kind == "images" and data.path is None:
         return DataFacts(input_shape=(1, 8, 8), n_outputs=10)  # scikit-learn's digits
+    if data.kind == "images" and data.path in HUB_IMAGES:
+        shape, n_classes = HUB_IMAGES[data.path]
+        return DataFacts(input_shape=shape, n_outputs=n_classes)
     if data.kind == "table" and data.path is None and not data.target and not data.drop_columns:
         # scikit-learn's breast cancer and diabetes sets
         classifies = data.task == "classification"
@@ -59,16 +83,3 @@ def known_facts(recipe: Recipe) -> DataFacts:
         areas = 8 if data.path is None else None  # of the standard library
         return DataFacts(vocab_size=vocab_size, n_outputs=areas, max_length=data.max_length)
     return DataFacts(vocab_size=vocab_size)
-
-
-def assumed_facts(task: Task, facts: DataFacts) -> tuple[DataFacts, str]:
-    """The facts with assumptions in place of what a network of the task needs and only the data can tell.
-
-    Returns:
-        The facts, and what was assumed, for a person: `vocab_size=256`; empty where nothing was.
-    """
-    wanted = ["vocab_size"]
-    if task in ("classification", "regression"):
-        wanted = ["vocab_size" if facts.max_length is not None else "input_shape", "n_outputs"]
-    missing = {name: ASSUMED[name] for name in wanted if getattr(facts, name) is None}
-    return replace(facts, **missing), ", ".join(f"{name}={value}" for name, value in missing.items())

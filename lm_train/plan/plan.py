@@ -12,7 +12,6 @@ from lm_train.plan.layout import Precision, Strategy
 from lm_train.plan.prediction import Prediction
 from lm_train.recipe import Task
 
-UNKNOWN = "known with the data"
 VOCAB_MULTIPLE = 64
 """Rows of the embedding are padded to this: matrix products run faster on even sizes (A. Karpathy, build-nanogpt)."""
 
@@ -86,49 +85,11 @@ class Plan(BaseModel):
     def read(cls, file: Path) -> Plan:
         return cls.model_validate_json(file.read_text(encoding="utf-8"))
 
-    def _reason(self, key: str) -> str:
-        return self.reasons.get(key, "as asked" if key.startswith("trainer.") else "")
-
-    def _state(self) -> str:
-        if self.parameter_bytes is None or self.gradient_bytes is None or self.optimizer_bytes is None:
-            return UNKNOWN
-        parts = {
-            "parameters": self.parameter_bytes,
-            "gradients": self.gradient_bytes,
-            "optimizer": self.optimizer_bytes,
-        }
-        where = " in host memory" if self.strategy == "zero3_offload" else ""
-        return " + ".join(f"{size_of(size)} {name}" for name, size in parts.items()) + where
-
-    def _vocabulary(self) -> str:
-        return "as the corpus has" if self.vocab_size is None else f"{self.vocab_size:,}"
-
     def steps_in_words(self) -> str:
         """`600 of 2,048 tokens`, or of samples."""
         tokens = self.tokens_per_step
         each = f"{self.global_batch_size:,} samples" if tokens is None else f"{tokens:,} tokens"
         return f"{self.max_steps:,} of {each}"
-
-    def table(self) -> str:
-        """The plan for a person: one line a decision, with its reason where the recipe left it open."""
-        rows = [
-            ("devices", f"{self.nodes} x {self.devices} {self.accelerator} ({self.device_name})", "trainer.devices"),
-            ("strategy", self.strategy, "trainer.strategy"),
-            ("precision", self.precision, "trainer.precision"),
-            (
-                "global batch",
-                f"{self.global_batch_size} = {self.micro_batch_size} micro x {self.accumulate_grad_batches} accumulated "
-                f"x {self.world_size} ranks",
-                "data.micro_batch_size",
-            ),
-            ("task", self.task.replace("_", " "), ""),
-            ("steps", self.steps_in_words(), ""),
-            *([("vocabulary", self._vocabulary(), "")] if self.block_size is not None or self.vocab_size else []),
-            ("parameters", UNKNOWN if self.n_parameters is None else f"{self.n_parameters:,}", ""),
-            ("state a rank", self._state(), ""),
-        ]
-        width = max(len(value) for _, value, _ in rows)
-        return "\n".join(f"  {name:<13} {value:<{width}}  {self._reason(key)}".rstrip() for name, value, key in rows)
 
 
 def size_of(number: int) -> str:

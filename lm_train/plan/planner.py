@@ -1,173 +1,410 @@
-"""The plain planner: fills what a recipe left `auto` by simple rules, each with its reason."""
+"""The resource scheduler: fills what a recipe left `auto`, each with its reason, and foretells what the run will take."""
 
 from __future__ import annotations
 
-import os
-import shutil
-from typing import Any, Literal
+import math
+from dataclasses import dataclass
 
-from lm_train.clusters import peak_flops
-from lm_train.errors import DataError, UsageError
-from lm_train.hardware import BF16_SINCE, Machine
+from lm_train.clusters import Numbers, check_here, find
+from lm_train.errors import UsageError
+from lm_train.hardware import Machine
+from lm_train.plan.choice import Priced, choose, priced, why_misfit, why_not
 from lm_train.plan.counts import flops_per_sample, parameter_count, parameter_shapes
-from lm_train.plan.facts import known_facts
-from lm_train.plan.layout import Precision
+from lm_train.plan.facts import known_facts, with_assumptions
+from lm_train.plan.forecast import Costs, hours_allowed, prediction_of
+from lm_train.plan.laws import ASKED_RANGE, batch_tokens, batch_tokens_of_steps, compute_optimum, final_loss
+from lm_train.plan.layout import Layout
 from lm_train.plan.memory import state_bytes
-from lm_train.plan.places import check_batch, choose_devices, choose_nodes, threads_per_rank
+from lm_train.plan.nearest import nothing_fits
+from lm_train.plan.network import Forecaster, Network, network_of
+from lm_train.plan.options import Group, layout_of, machine_problems, micro_batches, precision_for, sizes
 from lm_train.plan.plan import Plan
+from lm_train.plan.prediction import Interval, Prediction
+from lm_train.plan.search import Trial, explore
+from lm_train.plan.target import Target
 from lm_train.recipe import Recipe, samples_are_sequences, task_of
 from lm_train.slurm import Allocation
 
 MICRO_BATCH_TOKENS = {"gpu": 16_384, "cpu": 4_096}
 MICRO_BATCH_SAMPLES = {"gpu": 2_048, "cpu": 512}
-"""Largest micro batch chosen by itself, in tokens of running text, or in samples of other data. Assumptions that suit small
-models, not measurements."""
+"""Largest micro batch where nothing is known of the network before it is built, in tokens of running text, or in samples of
+other data. Assumptions that suit small models, not measurements."""
+WORKERS = "samples are read from memory, or memory-mapped files, faster than a worker can send them"
 
 
-def make_plan(recipe: Recipe, machine: Machine, allocation: Allocation | None = None) -> Plan:
-    """Decides everything the recipe left open.
+@dataclass(frozen=True)
+class Schedule:
+    """A plan, and what a person may want to know about it."""
+
+    plan: Plan
+    rejected: tuple[str, ...] = ()
+    """The other layouts, the best ones first, each with its reason."""
+    shortage: str | None = None
+    """Why the budget does not pay for the whole run, if so."""
+    notes: tuple[str, ...] = ()
+
+
+def make_plan(recipe: Recipe, machine: Machine, allocation: Allocation | None = None, must_fit: bool = True) -> Plan:
+    """Decides everything the recipe left open, for this machine and the Slurm step around this process.
 
     Args:
         recipe: what was asked.
         machine: what this node has; the others of an allocation have the same.
         allocation: the Slurm step around this process, if there is one.
+        must_fit: refuse what does not fit into memory.
 
     Raises:
         UsageError: with every wish of the recipe that cannot be fulfilled here, one line each.
     """
-    problems: list[str] = []
+    named = find(recipe.cluster, machine, allocation)
+    cluster = check_here(named, recipe.cluster, machine, allocation)
+    return schedule(recipe, Target(cluster, machine, allocation), trace=False, must_fit=must_fit).plan
+
+
+def schedule(recipe: Recipe, target: Target, trace: bool = True, must_fit: bool = True) -> Schedule:
+    """Decides everything the recipe left open.
+
+    Args:
+        recipe: what was asked; what it fixes is never overruled.
+        target: where to run.
+        trace: whether a network without formulas may be traced, which takes a process with torch and some seconds.
+        must_fit: refuse what does not fit into memory; else a note says so.
+
+    Raises:
+        UsageError: with every wish of the recipe that cannot be fulfilled there, one line each; or if no layout fits into the
+            devices' memory, with the nearest one that would; a budget that does not pay for one step.
+    """
+    problems = machine_problems(recipe, target.machine, target.cluster.here) + _budget_problems(recipe, target)
     reasons: dict[str, str] = {}
-    accelerator: Literal["cpu", "gpu"] = "gpu" if machine.gpus else "cpu"
-    nodes = choose_nodes(recipe, allocation, problems)
-    total = _or(recipe.data.global_batch_size, 16)
-    devices = choose_devices(recipe, total, machine, allocation, problems, reasons)
-    precision = _precision(recipe, machine, problems, reasons)
-    _check_compiler(recipe, accelerator, problems)
-    if not problems:
-        check_batch(recipe, total, nodes, devices, allocation, problems)
+    network = network_of(recipe)
+    total = _global_batch(recipe, target, reasons)
+    open_sizes = sizes(recipe, total, target, problems, reasons)
     if problems:
         raise UsageError(problems)
-    micro, accumulate = _batches(recipe, total, nodes * devices, accelerator, reasons)
+    workers = recipe.data.num_workers
+    if workers == "auto":
+        workers, reasons["data.num_workers"] = 0, WORKERS
+    limits = recipe.budget.limits
+    steps = _steps_asked(recipe, total, reasons)
+    forecast = Forecaster.of(recipe, network, target)
+    if forecast is None:
+        plan = _by_rule(recipe, target, network, total, open_sizes[-1], workers, steps or 1, reasons)
+        return Schedule(plan, notes=network.notes)
+    trials, misfits = explore(recipe, target, total, open_sizes, workers, forecast)
+    notes = list(network.notes)
+    if not trials:
+        notes.append(nothing_fits(recipe, target, total, misfits, steps, forecast))
+        if must_fit:
+            raise UsageError(notes[-1])
+        least = min(misfits, key=lambda misfit: misfit.missing)
+        trials = [Trial(least.group, least.layout, least.memory, forecast.step(least.layout))]
+    every = [priced(trial, _costs(recipe, target, trial, forecast), steps, limits, target) for trial in trials]
+    chosen = choose(every, recipe.budget.optimize, steps is not None)
+    shortage = _shortage(chosen, limits, steps)
+    if chosen.steps == 0:
+        raise UsageError(shortage or "the budget pays for no step")
+    _explain(recipe, target, chosen, every, reasons)
+    prediction = _prediction(recipe, network, target, chosen, forecast)
+    others = sorted((one for one in every if one is not chosen), key=lambda one: (not one.is_affordable, one.hours))
+    rejected = [why_not(one, chosen, limits, recipe.budget.optimize) for one in others]
+    rejected += [why_misfit(misfit) for misfit in sorted(misfits, key=lambda misfit: misfit.missing)]
+    plan = _plan(recipe, target, network, chosen.trial.layout, chosen.steps, prediction, reasons)
+    return Schedule(plan, tuple(rejected), shortage, (*notes, *_optimum(recipe, network, plan)))
+
+
+def _budget_problems(recipe: Recipe, target: Target) -> list[str]:
+    """What of the budget cannot be counted here."""
+    budget, cluster = recipe.budget, target.cluster
+    problems = []
+    if budget.money is not None and cluster.price_per_gpu_hour is None:
+        problems.append(
+            f"budget.money={budget.money:g}: nobody has said what {cluster.name} costs; give "
+            "cluster.price_per_gpu_hour=PRICE, or budget.gpu_hours"
+        )
+    if budget.currency is not None and budget.currency != cluster.currency:
+        problems.append(
+            f"budget.currency={budget.currency}: cluster={cluster.name} is paid in {cluster.currency}; give budget.money in "
+            f"{cluster.currency}, or cluster.price_per_gpu_hour and cluster.currency={budget.currency}"
+        )
+    if budget.kwh is not None and cluster.device.power_watts == 0:
+        problems.append(
+            f"budget.kwh={budget.kwh:g}: the power of {cluster.device.name} is not known; describe the cluster in a file with "
+            "device.power_watts, or give budget.gpu_hours"
+        )
+    return problems
+
+
+def _global_batch(recipe: Recipe, target: Target, reasons: dict[str, str]) -> int:
+    """The recipe's, or where it leaves it open the batch that suits so much text, as a number of sequences that every layout
+    divides."""
+    asked = recipe.data.global_batch_size
+    if asked != "auto":
+        return asked
+    block, trainer = int(getattr(recipe.model, "block_size", 1)), recipe.trainer
+    if trainer.max_tokens is not None:
+        tokens, over = batch_tokens(trainer.max_tokens), f"{trainer.max_tokens:,} tokens"
+    elif isinstance(trainer.max_steps, int):
+        tokens, over = batch_tokens_of_steps(trainer.max_steps), f"{trainer.max_steps:,} steps"
+    else:
+        pays_for = _tokens_paid(recipe, target)
+        tokens, over = batch_tokens(pays_for), f"the {pays_for:.2g} tokens that the budget about pays for"
+    most = target.cluster.nodes * target.cluster.devices_per_node if target.machine.gpus else 1
+    unit = max(1, most)
+    sequences = max(unit, 2 ** round(math.log2(max(1.0, tokens / block))))
+    sequences = -(-sequences // unit) * unit
+    reasons["data.global_batch_size"] = (
+        f"0.58 D^0.571 tokens (Step Law, arXiv:2503.04715) over {over} are {tokens:,.0f}, {tokens / block:.0f} sequences"
+    )
+    return sequences
+
+
+def _tokens_paid(recipe: Recipe, target: Target) -> float:
+    """Tokens that the budget pays for, from the FLOPs of a token and what the devices achieve; good to a factor of two, which
+    moves the batch by half."""
+    task, facts = task_of(recipe), with_assumptions(recipe, known_facts(recipe))[0]
+    shapes = parameter_shapes(recipe.model, task, facts)
+    each = None if shapes is None else flops_per_sample(recipe.model, task, facts, parameter_count(shapes))
+    if each is None:
+        return 1e9
+    device, most = target.cluster.device, target.cluster.nodes * target.cluster.devices_per_node
+    number: Numbers = "bf16" if "bf16" in device.peak_flops else "fp32"
+    rate = device.peak_flops[number] * device.achievable.get(number, 0.5) * 0.6
+    hours = hours_allowed(recipe.budget.limits, most, target.cluster)
+    return hours * 3600 * rate * most / each * int(getattr(recipe.model, "block_size", 1))
+
+
+def _steps_asked(recipe: Recipe, total: int, reasons: dict[str, str]) -> int | None:
+    """Optimizer steps of the run; None where the budget decides."""
+    trainer = recipe.trainer
+    if trainer.max_tokens is not None:
+        steps = math.ceil(trainer.max_tokens / (total * int(getattr(recipe.model, "block_size", 1))))
+        reasons["trainer.max_steps"] = f"{trainer.max_tokens:,} tokens"
+        return steps
+    if trainer.max_epochs is not None:
+        reasons["trainer.max_steps"] = f"stands for {trainer.max_epochs:g} epochs until the data are read"
+        return trainer.max_steps if isinstance(trainer.max_steps, int) else 1000
+    if trainer.max_steps == "auto":
+        reasons["trainer.max_steps"] = "what the budget pays for; the measured speed corrects it on the way"
+        return None
+    return trainer.max_steps
+
+
+def _shortage(chosen: Priced, limits: dict[str, float], steps: int | None) -> str | None:
+    if chosen.is_affordable:
+        return None
+    given = " and ".join(f"budget.{name}={value:g}" for name, value in limits.items())
+    if chosen.steps == 0:
+        return (
+            f"{given}: start, one step, validation and the last checkpoint take {_one_step(chosen):.2g} h on "
+            f"{chosen.trial.layout.ranks} devices; give more"
+        )
+    share = chosen.allowed / chosen.hours
+    return (
+        f"{given} pays for about {share:.0%} of {steps:,} steps: they take {chosen.hours:.3g} h on {chosen.trial.layout.ranks} "
+        f"devices, {chosen.gpu_hours:.3g} gpu-hours; give more, or trainer.max_steps=auto to end where the budget ends"
+    )
+
+
+def _one_step(chosen: Priced) -> float:
+    return chosen.costs.hours(1, chosen.trial.step).value
+
+
+def _costs(recipe: Recipe, target: Target, trial: Trial, forecast: Forecaster) -> Costs:
+    return Costs(
+        start=target.cluster.start_seconds,
+        validation=forecast.validation_seconds(trial.layout),
+        checkpoint=forecast.checkpoint_seconds(trial.layout),
+        validate_every=recipe.trainer.val_check_interval,
+        save_every=recipe.checkpoint.every_n_steps,
+    )
+
+
+def _explain(recipe: Recipe, target: Target, chosen: Priced, every: list[Priced], reasons: dict[str, str]) -> None:
+    """Why each `auto` became what it is."""
+    layout, trainer = chosen.trial.layout, recipe.trainer
+    if trainer.precision == "auto":
+        reasons["trainer.precision"] = precision_for(recipe, target.machine, layout.strategy)[1]
+    others = [one for one in every if one is not chosen]
+    if trainer.devices == "auto" and "trainer.devices" not in reasons:
+        sizes_tried = [one for one in others if one.trial.layout.ranks != layout.ranks]
+        best = min(sizes_tried, key=lambda one: one.hours, default=None)
+        aim = recipe.budget.optimize
+        there = target.cluster.nodes * target.cluster.devices_per_node
+        if best is not None:
+            reasons["trainer.devices"] = (
+                f"{aim}: {chosen.hours:.3g} h, {chosen.gpu_hours:.3g} gpu-hours; on {best.trial.layout.ranks} "
+                f"{best.hours:.3g} h, {best.gpu_hours:.3g}"
+            )
+        elif layout.ranks < there:
+            reasons["trainer.devices"] = (
+                f"of {there} the most that divide data.global_batch_size={layout.global_batch_size}"
+            )
+        else:
+            reasons["trainer.devices"] = f"all of {target.cluster.name}"
+    if trainer.strategy == "auto":
+        same = [one for one in others if one.trial.layout.ranks == layout.ranks]
+        best = min(same, key=lambda one: one.hours, default=None)
+        reasons["trainer.strategy"] = (
+            "one process"
+            if layout.ranks == 1 and layout.strategy == "single"
+            else "the only one that fits"
+            if best is None
+            else f"next best: {best.trial.group}, {best.hours / chosen.hours:.2f} times as long"
+        )
+    if recipe.data.micro_batch_size == "auto" and trainer.accumulate_grad_batches == "auto":
+        share = layout.micro_batch_size * layout.accumulate_grad_batches
+        largest = layout.micro_batch_size == share
+        reasons["data.micro_batch_size"] = (
+            f"the whole share of {'the process' if layout.ranks == 1 else 'each process'}"
+            if largest
+            else f"fastest of the divisors of {share} that fit, or as fast with less memory"
+        )
+    memory = chosen.trial.memory
+    if trainer.activation_checkpointing == "auto":
+        reasons["trainer.activation_checkpointing"] = (
+            "all activations fit" if layout.activation_checkpointing == "none" else "recomputed to fit into memory"
+        )
+    if trainer.cross_entropy_chunks == "auto":
+        reasons["trainer.cross_entropy_chunks"] = (
+            "the logits fit"
+            if layout.cross_entropy_chunks == 1
+            else f"so that logits take {memory.logits / 1e9:.1f} GB"
+        )
+
+
+def _prediction(recipe: Recipe, network: Network, target: Target, chosen: Priced, forecast: Forecaster) -> Prediction:
+    layout = chosen.trial.layout
+    return prediction_of(
+        chosen.steps,
+        layout,
+        chosen.trial.memory,
+        chosen.trial.step,
+        chosen.costs,
+        target.cluster,
+        forecast.checkpoint_bytes(layout),
+        network.flops_per_sample,
+        _final_loss(recipe, network, chosen.steps * layout.global_batch_size),
+    )
+
+
+def _final_loss(recipe: Recipe, network: Network, samples: int) -> Interval | None:
+    """Of a decoder over subword tokens within the sizes that the law was fitted to; others have no law."""
+    n_parameters = network.n_parameters
+    if network.task != "causal_lm" or recipe.model.kind not in ("gpt", "llama") or n_parameters is None:
+        return None
+    if not ASKED_RANGE[0] <= n_parameters <= ASKED_RANGE[1]:
+        return None
+    return final_loss(n_parameters, samples * recipe.model.block_size)
+
+
+def _optimum(recipe: Recipe, network: Network, plan: Plan) -> list[str]:
+    """What the run's FLOPs would best be spent on, where the budget decides how long it is."""
+    if plan.tokens_per_step is None or network.task != "causal_lm" or network.flops_per_sample is None:
+        return []
+    if recipe.trainer.max_steps != "auto" and recipe.budget.optimize != "best":
+        return []
+    flops = network.flops_per_sample * plan.max_steps * plan.global_batch_size
+    best = compute_optimum(flops)
+    said = f"compute-optimal for {flops:.2g} FLOPs: {best.parameters:.2g} parameters on {best.tokens:.2g} tokens"
+    if not ASKED_RANGE[0] / 10 <= best.parameters <= ASKED_RANGE[1] * 10:
+        return []
+    if network.n_parameters is not None:
+        tokens = plan.max_steps * plan.tokens_per_step
+        said += f"; this run: {network.n_parameters:.2g} on {tokens:.2g}"
+    return [f"{said} (Besiroglu et al. 2024, a prior)"]
+
+
+def _by_rule(
+    recipe: Recipe,
+    target: Target,
+    network: Network,
+    total: int,
+    size: tuple[int, int],
+    workers: int,
+    steps: int,
+    reasons: dict[str, str],
+) -> Plan:
+    """A layout for a network of which nothing is known before it is built: copies of it on all devices."""
+    nodes, devices = size
     strategy = recipe.trainer.strategy
     if strategy == "auto":
         strategy = "single" if nodes * devices == 1 else "ddp"
         reasons["trainer.strategy"] = (
-            "one process" if nodes * devices == 1 else "the model is replicated on each device"
+            "one process" if strategy == "single" else "nothing is known of the network's size"
         )
-    task, facts = task_of(recipe), known_facts(recipe)
-    try:
-        shapes = parameter_shapes(recipe.model, task, facts)
-    except DataError as error:
-        raise UsageError(str(error)) from None
-    n_parameters = None if shapes is None else parameter_count(shapes)
-    state = None if shapes is None else state_bytes(shapes, strategy, precision, recipe.optim, nodes * devices)
-    workers = recipe.data.num_workers
-    if workers == "auto":
-        workers = 0
-        reasons["data.num_workers"] = (
-            "samples are read from memory, or memory-mapped files, faster than a worker can send them"
+    precision, why = precision_for(recipe, target.machine, strategy)
+    if why:
+        reasons["trainer.precision"] = why
+    if recipe.trainer.devices == "auto":
+        reasons.setdefault("trainer.devices", f"all of {target.cluster.name}")
+    micros = micro_batches(recipe, total, nodes * devices)
+    accelerator = "gpu" if target.machine.gpus else "cpu"
+    text = samples_are_sequences(recipe)
+    size_of_sample = int(getattr(recipe.model, "block_size", 1)) if text else 1
+    limit = (MICRO_BATCH_TOKENS if text else MICRO_BATCH_SAMPLES)[accelerator]
+    micro = next((m for m in micros if m * size_of_sample <= limit), micros[-1])
+    if len(micros) > 1:
+        reasons["data.micro_batch_size"] = (
+            f"largest divisor of {total // nodes // devices} with at most {limit:,} {'tokens' if text else 'samples'}"
         )
+    recomputed, chunks = recipe.trainer.activation_checkpointing, recipe.trainer.cross_entropy_chunks
+    layout = layout_of(
+        Group(nodes, devices, strategy, precision),
+        recipe,
+        target,
+        total,
+        micro,
+        "none" if recomputed == "auto" else recomputed,
+        1 if chunks == "auto" else chunks,
+        workers,
+    )
+    return _plan(recipe, target, network, layout, steps, None, reasons)
+
+
+def _plan(
+    recipe: Recipe,
+    target: Target,
+    network: Network,
+    layout: Layout,
+    steps: int,
+    prediction: Prediction | None,
+    reasons: dict[str, str],
+) -> Plan:
+    shapes = network.shapes if network.known else None
+    state = None
+    if shapes is not None:
+        state = state_bytes(shapes, layout.strategy, layout.precision, recipe.optim, layout.ranks)
+    machine, cluster = target.machine, target.cluster
     return Plan(
-        task=task,
-        accelerator=accelerator,
+        task=network.task,
+        accelerator=layout.accelerator,
         device_name=machine.gpus[0].name if machine.gpus else f"{machine.cpu_cores} cores",
-        nodes=nodes,
-        devices=devices,
-        strategy=strategy,
-        precision=precision,
-        global_batch_size=total,
-        micro_batch_size=micro,
-        accumulate_grad_batches=accumulate,
-        num_workers=workers,
-        max_steps=_or(recipe.trainer.max_steps, 1000),
-        activation_checkpointing=_or(recipe.trainer.activation_checkpointing, "none"),
-        cross_entropy_chunks=_or(recipe.trainer.cross_entropy_chunks, 1),
-        compile=recipe.trainer.compile,
-        threads_per_rank=threads_per_rank(machine, allocation, devices),
-        vocab_size=facts.vocab_size,
-        n_parameters=n_parameters,
-        flops_per_sample=None if n_parameters is None else flops_per_sample(recipe.model, task, facts, n_parameters),
+        nodes=layout.nodes,
+        devices=layout.devices,
+        strategy=layout.strategy,
+        precision=layout.precision,
+        global_batch_size=layout.global_batch_size,
+        micro_batch_size=layout.micro_batch_size,
+        accumulate_grad_batches=layout.accumulate_grad_batches,
+        num_workers=layout.num_workers,
+        max_steps=steps,
+        activation_checkpointing=layout.activation_checkpointing,
+        cross_entropy_chunks=layout.cross_entropy_chunks,
+        compile=layout.compile,
+        threads_per_rank=layout.threads_per_rank,
+        vocab_size=network.facts.vocab_size,
+        n_parameters=network.n_parameters,
+        flops_per_sample=network.flops_per_sample if network.known else None,
         parameter_bytes=None if state is None else state.parameters,
         gradient_bytes=None if state is None else state.gradients,
         optimizer_bytes=None if state is None else state.optimizer,
         block_size=getattr(recipe.model, "block_size", None) if samples_are_sequences(recipe) else None,
-        peak_flops_per_device=peak_flops(machine.gpus[0]) if machine.gpus else None,
-        cluster="this machine",
-        price_per_gpu_hour=recipe.cluster.price_per_gpu_hour,
-        currency=recipe.cluster.currency or "USD",
-        power_watts=0.0,
+        peak_flops_per_device=cluster.device.peak_flops.get("bf16") if machine.gpus and cluster.device.known else None,
+        cluster=cluster.name,
+        price_per_gpu_hour=cluster.price_per_gpu_hour,
+        currency=cluster.currency,
+        power_watts=cluster.device.power_watts,
         limits=recipe.budget.limits,
-        prediction=None,
+        prediction=prediction,
         reasons=reasons,
     )
-
-
-def _or(value: Any, default: Any) -> Any:
-    return default if value == "auto" else value
-
-
-def _check_compiler(recipe: Recipe, accelerator: str, problems: list[str]) -> None:
-    """torch.compile writes C++ for a CPU; for a GPU Triton builds its launcher in C."""
-    compilers, package = (("CXX", "g++", "clang++"), "g++") if accelerator == "cpu" else (("CC", "gcc", "clang"), "gcc")
-    variable, *names = compilers
-    if recipe.trainer.compile and not any(map(shutil.which, filter(None, (os.environ.get(variable), *names)))):
-        problems.append(
-            f"trainer.compile: torch.compile needs a compiler, and {' or '.join(names)} is not here; apt-get install {package}, "
-            "or trainer.compile=false"
-        )
-
-
-def _precision(recipe: Recipe, machine: Machine, problems: list[str], reasons: dict[str, str]) -> Precision:
-    asked = recipe.trainer.precision
-    if asked != "auto":
-        if asked == "16-mixed" and not machine.gpus:
-            problems.append(
-                "trainer.precision: 16-mixed needs a GPU; on this CPU try trainer.precision=32-true or bf16-mixed"
-            )
-        return asked
-    key = "trainer.precision"
-    if not machine.gpus:
-        reasons[key] = "CPU: fp32"
-        return "32-true"
-    oldest = min(gpu.compute_capability for gpu in machine.gpus)
-    if oldest >= BF16_SINCE:
-        reasons[key] = "native bf16"
-        return "bf16-mixed"
-    if oldest >= (7, 0) and recipe.trainer.strategy != "fsdp":  # FSDP2 has no gradient scaler
-        reasons[key] = f"compute capability {oldest[0]}.{oldest[1]} has fp16 tensor cores and no native bf16"
-        return "16-mixed"
-    lacks = (
-        "no native bf16, and fsdp no gradient scaler for fp16"
-        if oldest >= (7, 0)
-        else "neither bf16 nor fp16 tensor cores"
-    )
-    reasons[key] = f"compute capability {oldest[0]}.{oldest[1]} has {lacks}"
-    return "32-true"
-
-
-def _batches(recipe: Recipe, total: int, ranks: int, accelerator: str, reasons: dict[str, str]) -> tuple[int, int]:
-    """Micro batch and accumulation; micro x accumulation x ranks is always the recipe's global batch."""
-    micro = recipe.data.micro_batch_size
-    accumulate = recipe.trainer.accumulate_grad_batches
-    assert total % ranks == 0, (total, ranks)  # check_batch
-    share = total // ranks
-    if micro != "auto" and accumulate != "auto":
-        return micro, accumulate
-    if micro != "auto":
-        return micro, share // micro
-    if accumulate != "auto":
-        return share // accumulate, accumulate
-    unit, size, limit = "samples", 1, MICRO_BATCH_SAMPLES[accelerator]
-    if samples_are_sequences(recipe):
-        unit, size, limit = "tokens", getattr(recipe.model, "block_size", 1), MICRO_BATCH_TOKENS[accelerator]
-    micro = _largest_divisor(share, max(1, limit // size))
-    reasons["data.micro_batch_size"] = (
-        f"largest divisor of {share} with at most {limit:,} {unit}"
-        if micro * size <= limit
-        else f"one sequence is more than {limit:,} tokens"
-    )
-    return micro, share // micro
-
-
-def _largest_divisor(number: int, most: int) -> int:
-    return next(d for d in range(min(number, most), 0, -1) if number % d == 0)

@@ -38,6 +38,7 @@ from lm_train.recipe.sections import (
     TrackingSection,
     TrainerSection,
 )
+from lm_train.recipe.strategies import strategy_problem
 from lm_train.recipe.task import Task, further_ids, samples_are_sequences, task_of
 
 __all__ = [
@@ -79,5 +80,6 @@ __all__ = [
     "load",
     "samples_are_sequences",
     "shipped_recipes",
+    "strategy_problem",
     "task_of",
 ]

@@ -38,3 +38,10 @@ def strategy_conflicts(recipe: Recipe) -> Iterator[Conflict]:
             f"trainer.compile=true gains nothing under {said}: DeepSpeed's hooks in every module break what is compiled; try "
             "trainer.strategy=fsdp, or trainer.compile=false",
         )
+
+
+def strategy_problem(recipe: Recipe, strategy: str, precision: str) -> str | None:
+    """Why the recipe cannot be trained with this strategy and precision, or None if it can."""
+    trainer = recipe.trainer.model_copy(update={"strategy": strategy, "precision": precision})
+    found = next(strategy_conflicts(recipe.model_copy(update={"trainer": trainer})), None)
+    return None if found is None else found[1]

@@ -1,0 +1,72 @@
+"""When nothing fits: the nearest layout that would, and what it costs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from lm_train.plan.forecast import Costs
+from lm_train.plan.layout import Layout
+from lm_train.plan.network import Forecaster
+from lm_train.plan.options import Group, chunkings, layout_of, precision_for, recomputations, with_open_choices
+from lm_train.plan.search import Misfit
+from lm_train.plan.target import Target
+from lm_train.recipe import Recipe, strategy_problem, task_of
+
+MOST_NODES = 128
+"""How many nodes of the same kind are thought of."""
+
+
+def nothing_fits(
+    recipe: Recipe, target: Target, total: int, misfits: Sequence[Misfit], steps: int | None, forecast: Forecaster
+) -> str:
+    """One line: what lacks least and how much, what would make it fit, or how many more devices would, with their cost."""
+    least = min(misfits, key=lambda misfit: misfit.missing)
+    device, memory = target.cluster.device, least.memory
+    where = f"a process here, which has {_gb(memory.capacity)}" if device.accelerator == "cpu" else device.name
+    said = (
+        f"nothing fits into {where}: {least.group} with micro batch {least.layout.micro_batch_size} needs {_gb(memory.high)} of "
+        f"{_gb(memory.capacity)}"
+    )
+    fixable = next((misfit for misfit in sorted(misfits, key=lambda m: m.missing) if misfit.fix), None)
+    if fixable is not None:
+        return f"{said}; {fixable.group} fits with {fixable.fix}"
+    larger = _larger(recipe, target, total, forecast)
+    if larger is None:
+        return f"{said}; a smaller model (model.n_layer, model.n_embd, model.block_size), or devices with more memory, would"
+    cost = _cost(recipe, target, larger, steps, forecast)
+    return f"{said}; {larger.strategy} on {larger.nodes} nodes of {larger.devices} would fit{cost}"
+
+
+def _larger(recipe: Recipe, target: Target, total: int, forecast: Forecaster) -> Layout | None:
+    """The smallest number of such nodes on which the most frugal layout fits."""
+    free = with_open_choices(recipe)
+    devices = target.cluster.devices_per_node
+    recomputed, chunks = recomputations(free)[-1], chunkings(free, task_of(recipe))[-1]
+    nodes = target.cluster.nodes
+    while target.machine.gpus and nodes < MOST_NODES:
+        nodes *= 2
+        batch = math.ceil(total / (nodes * devices)) * nodes * devices
+        for strategy in ("fsdp", "zero3"):
+            precision, _ = precision_for(recipe, target.machine, strategy)
+            if strategy_problem(recipe, strategy, precision) is None:
+                group = Group(nodes, devices, strategy, precision)
+                layout = layout_of(group, free, target, batch, 1, recomputed, chunks, 0)
+                if forecast.memory(layout).fits:
+                    return layout
+    return None
+
+
+def _cost(recipe: Recipe, target: Target, layout: Layout, steps: int | None, forecast: Forecaster) -> str:
+    if steps is None:
+        return ""
+    step = forecast.step(layout)
+    costs = Costs(target.cluster.start_seconds, 0.0, forecast.checkpoint_seconds(layout), None, None)
+    hours = costs.hours(steps, step).value
+    spent, price = hours * layout.ranks, target.cluster.price_per_gpu_hour
+    money = "" if price is None else f", {spent * price:,.0f} {target.cluster.currency}"
+    return f" and take {hours:,.3g} h, {spent:,.0f} gpu-hours{money}"
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:.1f} GB"

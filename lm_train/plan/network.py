@@ -1,0 +1,152 @@
+"""What is known of a recipe's network before it is built, and the forecasts that follow from it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from lm_train.errors import DataError, UsageError
+from lm_train.plan.counts import Shapes, flops_per_sample, parameter_count, parameter_shapes
+from lm_train.plan.duration import checkpoint_seconds, time_of, validation_seconds
+from lm_train.plan.facts import DataFacts, known_facts, with_assumptions
+from lm_train.plan.footprint import memory_of
+from lm_train.plan.layout import Layout, Strategy
+from lm_train.plan.memory import checkpoint_bytes
+from lm_train.plan.prediction import Interval, MemoryPrediction, TimePrediction
+from lm_train.plan.rates import Rates, from_facts
+from lm_train.plan.target import Target
+from lm_train.plan.work import Work, work_of
+from lm_train.recipe import Recipe, Task, task_of
+
+_SAME_WORK: dict[Strategy, Strategy] = {"single": "ddp", "zero1": "zero2", "zero3": "zero2", "zero3_offload": "zero2"}
+"""Strategies under which a rank does the same operations on its micro batch."""
+
+
+@dataclass(frozen=True)
+class Network:
+    """Counts of a recipe's network; with assumptions in place of what only the data can tell."""
+
+    task: Task
+    facts: DataFacts
+    """Only what is really known."""
+    shapes: Shapes | None
+    """Name and shape of each parameter; None where only building it tells."""
+    known: bool
+    """Whether no assumption was needed."""
+    flops_per_sample: int | None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def n_parameters(self) -> int | None:
+        """None where assumptions were needed."""
+        return parameter_count(self.shapes) if self.shapes is not None and self.known else None
+
+
+class Forecaster:
+    """Answers what a layout takes, for one network and one target; the work of a micro batch is counted once a kind.
+
+    Args:
+        recipe: its network is meant, its optimizer, how often it validates.
+        network: counts.
+        target: whose devices and rates.
+        shapes: of its parameters.
+    """
+
+    def __init__(self, recipe: Recipe, network: Network, target: Target, shapes: Shapes) -> None:
+        self.recipe, self.network, self.target, self.shapes = recipe, network, target, shapes
+        self._facts, _ = with_assumptions(recipe, network.facts)
+        self._works: dict[Layout, Work] = {}
+        self._rates: dict[tuple[int, int], Rates] = {}
+
+    @classmethod
+    def of(cls, recipe: Recipe, network: Network, target: Target) -> Forecaster | None:
+        """None where nothing is known of the network before it is built."""
+        if network.shapes is None:
+            return None
+        forecast = cls(recipe, network, target, network.shapes)
+        tried = Layout(1, 1, "single", "32-true", 1, 1, "none", 1, 0, False, 1, "cpu")
+        return None if work_of(recipe.model, network.task, forecast._facts, tried) is None else forecast
+
+    def work(self, layout: Layout) -> Work:
+        strategy = _SAME_WORK.get(layout.strategy, layout.strategy)
+        key = replace(
+            layout, nodes=1, devices=1, accumulate_grad_batches=1, num_workers=0, threads_per_rank=1, strategy=strategy
+        )
+        if key not in self._works:
+            work = work_of(self.recipe.model, self.network.task, self._facts, key)
+            assert work is not None, "a model with formulas for its parameters has them for its work"
+            self._works[key] = work
+        return self._works[key]
+
+    def rates(self, layout: Layout) -> Rates:
+        key = layout.nodes, layout.devices
+        if key not in self._rates:
+            self._rates[key] = from_facts(self.target.cluster, layout)
+        return self._rates[key]
+
+    def memory(self, layout: Layout) -> MemoryPrediction:
+        return memory_of(
+            self.shapes,
+            self.work(layout),
+            layout,
+            self.recipe.optim,
+            self.target.cluster,
+            saves=True,
+            validates=self.recipe.trainer.limit_val_batches != 0,
+            gradient_clip=self.recipe.trainer.gradient_clip_val,
+        )
+
+    def step(self, layout: Layout) -> TimePrediction:
+        return time_of(
+            self.shapes,
+            self.work(layout),
+            layout,
+            self.recipe.optim,
+            self.rates(layout),
+            log_every=self.recipe.trainer.log_every_n_steps,
+            clips=self.recipe.trainer.gradient_clip_val is not None,
+        )
+
+    def checkpoint_bytes(self, layout: Layout) -> int:
+        return checkpoint_bytes(self.shapes, layout.strategy, layout.precision, self.recipe.optim)
+
+    def checkpoint_seconds(self, layout: Layout) -> Interval:
+        return checkpoint_seconds(self.checkpoint_bytes(layout), layout, self.rates(layout))
+
+    def validation_seconds(self, layout: Layout) -> float:
+        """Of one validation; one whose length only the data tell counts as none."""
+        samples = validation_samples(self.recipe, layout)
+        if not samples:
+            return 0.0
+        each = layout.micro_batch_size * layout.ranks
+        return validation_seconds(self.work(layout), self.rates(layout), math.ceil(samples / each))
+
+
+def validation_samples(recipe: Recipe, layout: Layout) -> int | None:
+    """Samples of one validation over all ranks; None where only the data tell."""
+    limit = recipe.trainer.limit_val_batches
+    if limit is not None:
+        return limit * layout.micro_batch_size * layout.ranks
+    data = recipe.data
+    if data.kind == "text" and data.streaming:
+        return math.ceil(data.val_tokens / getattr(recipe.model, "block_size", 1))
+    return None
+
+
+def network_of(recipe: Recipe) -> Network:
+    """What is known of the recipe's network without building it.
+
+    Raises:
+        UsageError: if the network cannot be built over such data.
+    """
+    task, facts = task_of(recipe), known_facts(recipe)
+    complete, assumed = with_assumptions(recipe, facts)
+    try:
+        shapes = parameter_shapes(recipe.model, task, complete)
+    except DataError as error:
+        raise UsageError(str(error)) from None
+    if shapes is None:
+        return Network(task, facts, None, False, None)
+    flops = flops_per_sample(recipe.model, task, complete, parameter_count(shapes))
+    notes = (f"with {assumed}, until the data are read",) if assumed else ()
+    return Network(task, facts, shapes, not assumed, flops, notes)

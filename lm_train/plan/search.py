@@ -1,0 +1,148 @@
+"""Tries every layout, keeps those that fit, and takes the one that serves the budget's aim best."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from lm_train.plan.layout import Layout
+from lm_train.plan.network import Forecaster
+from lm_train.plan.options import (
+    Group,
+    chunkings,
+    divisors,
+    groups,
+    layout_of,
+    micro_batches,
+    recomputations,
+    with_open_choices,
+)
+from lm_train.plan.prediction import MemoryPrediction, TimePrediction
+from lm_train.plan.target import Target
+from lm_train.recipe import Recipe, task_of
+
+NEARLY = 0.01
+"""Micro batches whose times differ by less than this share count as equally fast: the smaller one is taken."""
+TRIED = 6
+"""Micro batches that are timed of each kind of layout, from the largest that fits downwards."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A layout with what is expected of it."""
+
+    group: Group
+    layout: Layout
+    memory: MemoryPrediction
+    step: TimePrediction
+
+
+@dataclass(frozen=True)
+class Misfit:
+    """A kind of layout none of which fits into memory."""
+
+    group: Group
+    layout: Layout
+    """The one that lacks least."""
+    memory: MemoryPrediction
+    fix: str | None
+    """The smallest change of what the recipe fixes that would make it fit."""
+
+    @property
+    def missing(self) -> int:
+        """Bytes."""
+        return self.memory.high - self.memory.capacity
+
+
+def explore(
+    recipe: Recipe, target: Target, total: int, sizes: Sequence[tuple[int, int]], workers: int, forecast: Forecaster
+) -> tuple[list[Trial], list[Misfit]]:
+    """The best layout of each strategy and number of ranks, and the strategies that do not fit.
+
+    Args:
+        recipe: what it fixes stays as it is.
+        target: where.
+        total: the global batch.
+        sizes: numbers of nodes and of ranks on each.
+        workers: loader processes of each rank.
+        forecast: what is expected of a layout.
+    """
+    trials: list[Trial] = []
+    misfits: list[Misfit] = []
+    for group in groups(recipe, target, list(sizes)):
+        found = list(_fitting(recipe, target, total, group, workers, forecast))
+        if found:
+            trials.append(_best(found))
+        else:
+            misfits.append(_misfit(recipe, target, total, group, workers, forecast))
+    return trials, misfits
+
+
+def _fitting(
+    recipe: Recipe, target: Target, total: int, group: Group, workers: int, forecast: Forecaster
+) -> Iterator[Trial]:
+    """Layouts of a group that fit; recomputation and chunks only where they let a larger micro batch in."""
+    micros = micro_batches(recipe, total, group.ranks)
+    largest = 0
+    task = task_of(recipe)
+    for recomputed in recomputations(recipe):
+        for chunks in chunkings(recipe, task):
+            if largest == micros[0]:
+                return
+            timed = 0
+            for micro in micros:
+                if micro <= largest and not timed:
+                    break  # what is slower for each sample must at least admit more of them
+                layout = layout_of(group, recipe, target, total, micro, recomputed, chunks, workers)
+                memory = forecast.memory(layout)
+                if not memory.fits:
+                    continue
+                if not timed:
+                    largest = micro
+                yield Trial(group, layout, memory, forecast.step(layout))
+                timed += 1
+                if timed == TRIED:
+                    break
+
+
+def _best(trials: Sequence[Trial]) -> Trial:
+    """The fastest; of those that are nearly as fast the one that needs least memory."""
+    fastest = min(trial.step.seconds for trial in trials)
+    near = [trial for trial in trials if trial.step.seconds <= fastest * (1 + NEARLY)]
+    return min(near, key=lambda trial: (trial.memory.total, trial.step.seconds))
+
+
+def _misfit(recipe: Recipe, target: Target, total: int, group: Group, workers: int, forecast: Forecaster) -> Misfit:
+    """The most frugal layout that the recipe allows, and what it would have to give up for it to fit."""
+    micro = micro_batches(recipe, total, group.ranks)[-1]
+    recomputed, chunks = recomputations(recipe)[-1], chunkings(recipe, task_of(recipe))[-1]
+    layout = layout_of(group, recipe, target, total, micro, recomputed, chunks, workers)
+    memory = forecast.memory(layout)
+    return Misfit(group, layout, memory, _fix(recipe, target, total, layout, group, forecast))
+
+
+def _fix(recipe: Recipe, target: Target, total: int, layout: Layout, group: Group, forecast: Forecaster) -> str | None:
+    """The least that must change, in words: a smaller micro batch, recomputation, chunks, all of them."""
+    share = total // group.ranks
+    free = with_open_choices(recipe)
+    chunkiest = chunkings(free, task_of(recipe))[-1]
+    smaller = [micro for micro in divisors(share) if micro < layout.micro_batch_size]
+    changes = [(f"micro batch {micro}", _with_micro(layout, share, micro)) for micro in smaller]
+    if layout.cross_entropy_chunks != chunkiest:
+        changes.append((f"trainer.cross_entropy_chunks={chunkiest}", replace(layout, cross_entropy_chunks=chunkiest)))
+    changes += [
+        (f"trainer.activation_checkpointing={recomputed}", replace(layout, activation_checkpointing=recomputed))
+        for recomputed in recomputations(free)[1:]
+        if recomputed != layout.activation_checkpointing
+    ]
+    frugal = replace(
+        _with_micro(layout, share, 1),
+        activation_checkpointing=recomputations(free)[-1],
+        cross_entropy_chunks=chunkiest,
+    )
+    changes.append(("micro batch 1 with every block recomputed and the loss in chunks", frugal))
+    return next((said for said, changed in changes if forecast.memory(changed).fits), None)
+
+
+def _with_micro(layout: Layout, share: int, micro: int) -> Layout:
+    return replace(layout, micro_batch_size=micro, accumulate_grad_batches=share // micro)
