@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
+import statistics
+from collections.abc import Iterable
 from datetime import date
 from importlib import metadata
 from pathlib import Path
@@ -32,6 +35,30 @@ def write_results(benchmark: str, result: dict[str, Any], name: str | None = Non
     file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     print(f"written {file}")
     return file
+
+
+def errors(pairs: Iterable[tuple[float, float]]) -> dict[str, float] | None:
+    """Of predictions: relative errors (predicted - measured) / measured.
+
+    Args:
+        pairs: predicted and measured.
+
+    Returns:
+        Their number, mean of the absolute ones, signed mean and median, 95th percentile and worst of the absolute ones; None
+        without pairs.
+    """
+    signed = [(predicted - measured) / measured for predicted, measured in pairs]
+    if not signed:
+        return None
+    absolute = sorted(map(abs, signed))
+    return {
+        "n": len(signed),
+        "mean_absolute": statistics.fmean(absolute),
+        "mean": statistics.fmean(signed),
+        "median": statistics.median(signed),
+        "p95": absolute[math.ceil(0.95 * len(absolute)) - 1],
+        "worst": max(signed, key=abs),
+    }
 
 
 def _cpu_name() -> str:

@@ -29,6 +29,36 @@ def reset() -> None:
     _CLEAR.write_text("5")  # Linux: proc(5), the peak starts anew
 
 
+def of_gpu() -> dict[str, int]:
+    """What torch's caching allocator gave out and holds at most since the last call, and what the process has beside it."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return {}
+    free, total = torch.cuda.mem_get_info()
+    found = {
+        "cuda_allocated": torch.cuda.max_memory_allocated(),
+        "cuda_reserved": torch.cuda.max_memory_reserved(),
+        "cuda_beside": total - free - torch.cuda.memory_reserved(),  # context and libraries, if the GPU is ours alone
+    }
+    torch.cuda.reset_peak_memory_stats()
+    return found
+
+
+def limit_card() -> None:
+    """A card of LM_TRAIN_CARD_BYTES: less than that for the allocator, since context and libraries lie beside it."""
+    import torch
+
+    card = os.environ.get("LM_TRAIN_CARD_BYTES")
+    if card is None or not torch.cuda.is_available():
+        return
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    torch.zeros(1, device="cuda")
+    free, total = torch.cuda.mem_get_info()
+    beside = total - free - torch.cuda.memory_reserved()
+    torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.0, (int(card) - beside) / total)))
+
+
 def watch(module: Any) -> None:
     """Hands `lm_train.train.train` a callback that measures."""
     import lightning.pytorch as L
@@ -50,7 +80,7 @@ def watch(module: Any) -> None:
         def _mark(self, phase: str) -> None:
             """What has passed since the last mark was `phase`."""
             now = resident()
-            log["phases"].append({"phase": phase, "step": self.step, **now})
+            log["phases"].append({"phase": phase, "step": self.step, **now, **of_gpu()})
             reset()
 
         def on_train_start(self, *args: Any) -> None:
@@ -79,6 +109,7 @@ def watch(module: Any) -> None:
             self._mark("between")
 
     def measured_train(folder: Any, resume_from: Any = None, callbacks: Any = ()) -> Any:
+        limit_card()
         probe = Probe()
         code = train(folder, resume_from, [*callbacks, probe])
         probe._mark("end")
