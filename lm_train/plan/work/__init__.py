@@ -7,6 +7,7 @@ from lm_train.plan.layout import Layout
 from lm_train.plan.plan import padded_vocab_size
 from lm_train.plan.work.decoders import decoder_work
 from lm_train.plan.work.ops import WIDTH, Kind, Number, Op, Stage, Work
+from lm_train.plan.work.transformers import bert_work, seq2seq_work
 from lm_train.recipe import AnyModel, Task
 
 
@@ -27,6 +28,11 @@ def work_of(model: AnyModel, task: Task, facts: DataFacts, layout: Layout) -> Wo
     match model.kind:
         case "gpt" | "llama" if vocab_size is not None:
             return decoder_work(model, padded_vocab_size(vocab_size), vocab_size, layout)
+        case "bert" if vocab_size is not None and (task == "masked_lm" or facts.n_outputs is not None):
+            n_classes = None if task == "masked_lm" else facts.n_outputs
+            return bert_work(model, padded_vocab_size(vocab_size), vocab_size, n_classes, facts, layout)
+        case "seq2seq" if vocab_size is not None:
+            return seq2seq_work(model, padded_vocab_size(vocab_size), vocab_size, facts, layout)
     return None
 
 

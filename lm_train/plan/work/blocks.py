@@ -12,6 +12,7 @@ from lm_train.plan.work.operations import (
     attention,
     cast,
     concatenate,
+    contiguous,
     cross_entropy,
     dropout,
     layer_norm,
@@ -22,6 +23,7 @@ from lm_train.plan.work.operations import (
     rms_norm,
     scale,
     split,
+    takes_scores,
 )
 from lm_train.plan.work.ops import Number
 from lm_train.plan.work.tape import Parameter, Tape, Tensor
@@ -42,7 +44,9 @@ class Blocks:
     rotary: bool
     gated: bool
     activation: Literal["gelu", "relu"] = "gelu"
+    causal: bool = True
     pre_norm: bool = True
+    cross_attention: bool = False
 
 
 class Norm:
@@ -74,33 +78,56 @@ class Block:
         number: type of the weights.
         samples: B.
         length: T.
+        memory_length: S, of the sequence that cross-attention looks at.
     """
 
-    def __init__(self, config: Blocks, number: Number, samples: int, length: int) -> None:
+    def __init__(self, config: Blocks, number: Number, samples: int, length: int, memory_length: int = 0) -> None:
         d, self.config, self.samples, self.length = config.n_embd, config, samples, length
-        self.head_size = d // config.n_head
+        self.head_size, self.memory_length = d // config.n_head, memory_length
         self.heads = (config.n_head, config.n_kv_head, config.n_kv_head)
         self.attention_norm = Norm(number, config)
         self.qkv = Linear(number, d, sum(self.heads) * self.head_size, config.bias)
         self.out = Linear(number, d, d, config.bias)
+        if config.cross_attention:
+            self.cross_norm = Norm(number, config)
+            self.query = Linear(number, d, d, config.bias)
+            self.key_value = Linear(number, d, 2 * d, config.bias)
+            self.cross_out = Linear(number, d, d, config.bias)
         self.mlp_norm = Norm(number, config)
         self.gate = Linear(number, d, config.mlp_width, config.bias) if config.gated else None
         self.up = Linear(number, d, config.mlp_width, config.bias)
         self.down = Linear(number, config.mlp_width, d, config.bias)
 
-    def __call__(self, tape: Tape, x: Tensor) -> Tensor:
+    def __call__(
+        self,
+        tape: Tape,
+        x: Tensor,
+        seen: Tensor | None = None,
+        memory: Tensor | None = None,
+        memory_seen: Tensor | None = None,
+    ) -> Tensor:
         p = self.config.dropout
-        x = add(
-            tape,
-            x,
-            dropout(tape, self.attention(tape, self.attention_norm(tape, x, "attention.norm")), p, "attention.dropout"),
-            "attention.residual",
-        )
-        return add(
-            tape, x, dropout(tape, self.mlp(tape, self.mlp_norm(tape, x, "mlp.norm")), p, "mlp.dropout"), "mlp.residual"
-        )
+        if self.config.pre_norm:
+            attended = dropout(
+                tape, self.attention(tape, self.attention_norm(tape, x, "attention.norm"), seen), p, "dropout"
+            )
+            x = add(tape, x, attended, "residual")
+            del attended
+            return add(
+                tape, x, dropout(tape, self.mlp(tape, self.mlp_norm(tape, x, "mlp.norm")), p, "dropout"), "residual"
+            )
+        attended = add(tape, x, dropout(tape, self.attention(tape, x, seen), p, "dropout"), "residual")
+        x = self.attention_norm(tape, attended, "attention.norm")
+        del attended
+        if memory is not None:
+            crossed = add(
+                tape, x, dropout(tape, self.cross_attention(tape, x, memory, memory_seen), p, "dropout"), "residual"
+            )
+            x = self.cross_norm(tape, crossed, "cross.norm")
+            del crossed
+        return self.mlp_norm(tape, add(tape, x, dropout(tape, self.mlp(tape, x), p, "dropout"), "residual"), "mlp.norm")
 
-    def attention(self, tape: Tape, x: Tensor) -> Tensor:
+    def attention(self, tape: Tape, x: Tensor, seen: Tensor | None) -> Tensor:
         rows = self.samples * self.length * self.head_size
         qkv = self.qkv(tape, x, "attention.qkv")
         q, k, v = split(tape, qkv, [rows * heads for heads in self.heads], "attention.split")
@@ -109,15 +136,21 @@ class Block:
             q, k = rotate(tape, q, cos, sin), rotate(tape, k, cos, sin)
         if self.heads[1] != self.heads[0]:
             k, v = (repeat(tape, kv, self.heads[0] // self.heads[1], "attention.repeat") for kv in (k, v))
-        y = attention(
-            tape,
-            q,
-            k,
-            v,
-            (self.samples, self.config.n_head, self.length, self.length, self.head_size),
-            "attention.scores",
-        )
-        return self.out(tape, y, "attention.out")
+        sizes = (self.samples, self.config.n_head, self.length, self.length, self.head_size)
+        y = attention(tape, q, k, v, sizes, "attention.scores", self.config.dropout, self.config.causal, seen)
+        return self.out(tape, self._merged(tape, y), "attention.out")
+
+    def cross_attention(self, tape: Tape, x: Tensor, memory: Tensor, seen: Tensor | None) -> Tensor:
+        q = self.query(tape, x, "cross.query")
+        key_value = self.key_value(tape, memory, "cross.key_value")
+        k, v = split(tape, key_value, [key_value.size // 2, key_value.size // 2], "cross.split")
+        sizes = (self.samples, self.config.n_head, self.length, self.memory_length, self.head_size)
+        y = attention(tape, q, k, v, sizes, "cross.scores", self.config.dropout, False, seen)
+        return self.cross_out(tape, self._merged(tape, y), "cross.out")
+
+    def _merged(self, tape: Tape, y: Tensor) -> Tensor:
+        """The heads side by side: as fused kernels leave them."""
+        return contiguous(tape, y, "attention.merge") if takes_scores(tape, self.config.dropout) else y
 
     def mlp(self, tape: Tape, x: Tensor) -> Tensor:
         if self.gate is not None:
@@ -155,12 +188,28 @@ def rotate(tape: Tape, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return cast(tape, turned, number)
 
 
-def stack(tape: Tape, x: Tensor, blocks: int, every: int, block: Callable[[Tensor], Tensor], name: str) -> Tensor:
+Pass = Callable[[Tensor, Tensor | None, Tensor | None, Tensor | None], Tensor]
+"""What a block makes of x, of which positions are seen, of another sequence and of what is seen of that."""
+
+
+def stack(
+    tape: Tape,
+    x: Tensor,
+    blocks: int,
+    every: int,
+    block: Pass,
+    name: str,
+    seen: Tensor | None = None,
+    memory: Tensor | None = None,
+    memory_seen: Tensor | None = None,
+) -> Tensor:
     """Passes x through so many blocks, of which every `every`-th is computed again in the backward pass (0: none)."""
     again = [bool(every) and (i + 1) % every == 0 for i in range(blocks)]
 
     def one(x: Tensor, i: int) -> Tensor:
-        return tape.recomputed(block, x) if again[i] else block(x)
+        if again[i]:
+            return tape.recomputed(block, x, seen, memory, memory_seen)
+        return block(x, seen, memory, memory_seen)
 
     return tape.repeat(x, [f"{name} {i}" for i in range(blocks)], list(map(kind_of, again)), one)
 

@@ -54,7 +54,7 @@ def _loss(tape: Tape, number: Number, model: GPT | Llama, rows: int, vocab_size:
         x = add(tape, x, embedding(tape, positions, length, "embedding.positions", indices=8 * length), "embedding.sum")
     x = dropout(tape, x, model.dropout, "embedding.dropout")
 
-    def block(x: Tensor) -> Tensor:
+    def block(x: Tensor, *others: Tensor | None) -> Tensor:
         return Block(config, number, samples, length)(tape, x)
 
     x = stack(tape, x, model.n_layer, layout.recomputed_blocks, block, "block")

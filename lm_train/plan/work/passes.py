@@ -36,27 +36,25 @@ def numbers_of(layout: Layout) -> Numbers:
     return Numbers(low, None)
 
 
-def work_of_passes(layout: Layout, network: Network, batch_bytes: int, evaluation: Network | None = None) -> Work:
+def work_of_passes(layout: Layout, network: Network, batch_bytes: int, usual: Network | None = None) -> Work:
     """
     Args:
         layout: decides types, and whether gradients are added to earlier ones.
-        network: in training.
+        network: with the longest samples, whose memory is needed. A validation is told from the training by the tape.
         batch_bytes: of the micro batch.
-        evaluation: where a validation computes something else.
+        usual: with samples of the mean length, whose time is taken; None where all are equally long.
     """
     numbers = numbers_of(layout)
     # ddp copies a gradient into its bucket, which is always there
     accumulates = layout.strategy == "ddp" or (
         layout.accumulate_grad_batches > 1 and layout.strategy in ("single", "zero1")
     )
-    tape = Tape(layout.accelerator, True, numbers.autocast, accumulates)
-    loss = network(tape, numbers.weights)
-    tape.forget_casts()
-    tape.backward(loss)
+    tape = _trained(layout, numbers, network, accumulates)
+    timed = tape if usual is None else _trained(layout, numbers, usual, accumulates)
     watched = Tape(layout.accelerator, False, numbers.autocast, False)
-    (evaluation or network)(watched, numbers.weights)
+    network(watched, numbers.weights)
     return Work(
-        ops=tape.ops,
+        ops=timed.ops,
         stages=tuple(
             Stage(
                 name=stage.name,
@@ -73,3 +71,10 @@ def work_of_passes(layout: Layout, network: Network, batch_bytes: int, evaluatio
         evaluation_peak=max(stage.forward.total for stage in watched.stages),
         batch_bytes=batch_bytes,
     )
+
+
+def _trained(layout: Layout, numbers: Numbers, network: Network, accumulates: bool) -> Tape:
+    tape = Tape(layout.accelerator, True, numbers.autocast, accumulates)
+    loss = network(tape, numbers.weights)
+    tape.backward(loss)
+    return tape

@@ -74,14 +74,12 @@ class Peak:
 class Parameter:
     """A weight. Its own bytes are not counted here; those of its gradient are a group of their own."""
 
-    __slots__ = ("arrived", "cast", "gradient", "number", "shape", "size", "uses")
+    __slots__ = ("arrived", "gradient", "number", "shape", "size", "uses")
 
     def __init__(self, number: Number, *shape: int) -> None:
         self.number, self.shape, self.size = number, shape, prod(shape)
         self.uses = self.arrived = 0
         self.gradient: Tensor | None = None
-        self.cast: Tensor | None = None
-        """In the type of autocast, which makes one cast a forward pass."""
 
     @property
     def bytes(self) -> int:
@@ -169,11 +167,12 @@ class Recomputed:
 
     def recompute(self) -> None:
         tape = self.tape
+        state = self.random_state and Storage(tape, RANDOM_STATE)  # of the backward pass, to go on with
         self.found, tape.part = 0, self
         with suppress(_AllThere):  # torch stops there, too (`set_checkpoint_early_stop`)
             self.run(*self.inputs)
         tape.part = None
-        tape.forget_casts()
+        del state
 
 
 class _Repeated:
@@ -181,8 +180,8 @@ class _Repeated:
 
     def __init__(self, replicas: int) -> None:
         self.replicas = replicas
-        self.forward: tuple[int, int, Peak] | None = None
-        """Bytes more than before; of them casts that end with the forward pass; the peak."""
+        self.forward: tuple[int, Peak] | None = None
+        """Bytes more than before; the peak."""
         self.backward: tuple[int, int, int, Peak] | None = None
         """Bytes more than before; gradients among them; values of parameters that are complete; the peak."""
 
@@ -219,7 +218,6 @@ class Tape:
         self.peak = Peak()
         self.part: Recomputed | None = None
         self._ops: dict[tuple[str, Kind, bool, float, float, tuple[int, ...], Number], int] = {}
-        self._casts: list[Parameter | Storage] = []
 
     # ---- stages
 
@@ -253,7 +251,7 @@ class Tape:
             first = record is None
             if record is None:
                 record = found[kind] = _Repeated(max(0, kinds.count(kind) - 2))
-            before, casts = self.live, len(self._casts)
+            before = self.live
             passed = self.stages[-1]
             if first or last[kind] == i:
                 passed.records = record
@@ -261,8 +259,7 @@ class Tape:
                 self.times = passed.times[0]
                 x = block(x, i)
                 if first:
-                    ending = sum(map(_held_by_cast_alone, self._casts[casts:]))
-                    record.forward = (self.live - before, ending, _relative(passed.forward, before))
+                    record.forward = (self.live - before, _relative(passed.forward, before))
             else:
                 x = self._replica(x, record, passed, before)
                 self.live = before + record.forward[0]  # type: ignore[index]
@@ -270,7 +267,7 @@ class Tape:
 
     def _replica(self, x: Tensor, record: _Repeated, passed: _Passed, before: int) -> Tensor:
         assert record.forward is not None
-        _, casts, peak = record.forward
+        peak = record.forward[1]
         size, number = x.size, x.number
         out = Tensor(Storage(self, x.bytes), size, number)
 
@@ -280,8 +277,6 @@ class Tape:
         if self.training:
             out.node = Node(self, (x,), [], backward, 1)
             passed.records = record
-        if casts:
-            self._casts.append(Storage(self, casts))
         passed.forward.total = before + peak.total
         passed.forward.without_gradients = before + peak.without_gradients
         passed.forward.logits = self.grouped["logits"]
@@ -292,6 +287,10 @@ class Tape:
 
     def new(self, size: int, number: Number, group: Group = "", view: bool = False) -> Tensor:
         return Tensor(Storage(self, size * WIDTH[number], group), size, number, view=view)
+
+    def mask(self, positions: int) -> Tensor:
+        """Which positions are real: a byte each. What attention makes of it has the type of its queries."""
+        return Tensor(Storage(self, positions), positions, "bf16")
 
     def new_gradient(self, size: int, number: Number, of: Parameter | None, view: bool = False) -> Tensor:
         """The gradient of a parameter, or of a tensor that is made of one."""
@@ -347,28 +346,22 @@ class Tape:
         return tuple(Op(*key, times) for key, times in self._ops.items())
 
     def lowered(self, parameter: Parameter | None) -> Tensor | Parameter | None:
-        """A weight in the type of autocast, cast once in a forward pass; as it is without."""
+        """A weight in the type of autocast; as it is without.
+
+        Each use has a cast of its own: Lightning opens autocast with cache_enabled=False.
+        """
         low = self.autocast
         if parameter is None or low is None or parameter.number == low:
             return parameter
-        if parameter.cast is None:
-            out = self.new(parameter.size, low)
-            self.op("cast.weight", "copy", 0, parameter.bytes + out.bytes, (parameter.size,), low)
+        moved = parameter.size * (WIDTH[parameter.number] + WIDTH[low])
+        out = self.new(parameter.size, low)
+        self.op("cast.weight", "copy", 0, moved, (parameter.size,), low)
 
-            def backward(gradients: Sequence[Gradient]) -> tuple[Gradient, ...]:
-                self.op("cast.weight", "copy", 0, parameter.bytes + parameter.size * WIDTH[low], (parameter.size,), low)
-                return (self.new_gradient(parameter.size, parameter.number, parameter),)
+        def backward(gradients: Sequence[Gradient]) -> tuple[Gradient, ...]:
+            self.op("cast.weight", "copy", 0, moved, (parameter.size,), low)
+            return (self.new_gradient(parameter.size, parameter.number, parameter),)
 
-            # not remembered: Lightning opens autocast with cache_enabled=False, so that each use has a cast of its own
-            return self.result(out, (parameter,), [], backward)
-        return parameter.cast
-
-    def forget_casts(self) -> None:
-        """The end of an autocast context."""
-        for each in self._casts:
-            if isinstance(each, Parameter):
-                each.cast = None
-        self._casts.clear()
+        return self.result(out, (parameter,), [], backward)
 
     def recomputed(self, run: Callable[..., Tensor], *inputs: Tensor | None, random_state: bool = True) -> Tensor:
         """`run` of the inputs; in training only these are kept, and the rest is computed again in the backward pass."""
@@ -478,14 +471,6 @@ class Tape:
         stage.backward.total = before + peak.total
         stage.backward.without_gradients = before - gradients + peak.without_gradients
         stage.backward.logits = self.grouped["logits"]
-
-
-def _held_by_cast_alone(cast: Parameter | Storage) -> int:
-    """Bytes of a cast weight that no operation has kept, so that they go with the forward pass."""
-    if isinstance(cast, Storage):
-        return cast.bytes
-    assert cast.cast is not None
-    return cast.cast.bytes if getrefcount(cast.cast.storage) == 2 else 0  # the cast's and the call's
 
 
 def _relative(peak: Peak, live: int, gradients: int = 0) -> Peak:
