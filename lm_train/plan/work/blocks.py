@@ -6,24 +6,22 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from lm_train.plan.work.attention import attention, takes_scores
+from lm_train.plan.work.norms import layer_norm, rms_norm
 from lm_train.plan.work.operations import (
     activation,
     add,
-    attention,
     cast,
     concatenate,
     contiguous,
     cross_entropy,
     dropout,
-    layer_norm,
     linear,
     masked_columns,
     multiply,
     repeat,
-    rms_norm,
     scale,
     split,
-    takes_scores,
 )
 from lm_train.plan.work.ops import Number
 from lm_train.plan.work.tape import Parameter, Tape, Tensor

@@ -99,7 +99,7 @@ def add(tape: Tape, x: Tensor, y: Tensor, name: str, subtract: bool = False) -> 
 
     def backward(gradients: Sequence[Gradient]) -> tuple[Gradient, ...]:
         (gradient,) = gradients
-        into_y = _made(tape, name, "elementwise", size, number, 2) if subtract else gradient
+        into_y = made(tape, name, "elementwise", size, number, 2) if subtract else gradient
         return _fitted(tape, gradient, *inputs[0]), _fitted(tape, into_y, *inputs[1])
 
     return tape.result(out, (x, y), [], backward)
@@ -127,7 +127,7 @@ def multiply(tape: Tape, x: Tensor, y: Tensor, name: str) -> Tensor:
     wanted = [each.node is not None for each in (x, y)]
 
     def backward(gradients: Sequence[Gradient]) -> tuple[Gradient, ...]:
-        return tuple(_made(tape, name, "elementwise", size, number, 3) if each else None for each in wanted)
+        return tuple(made(tape, name, "elementwise", size, number, 3) if each else None for each in wanted)
 
     return tape.result(out, (x, y), saved, backward)
 
@@ -136,10 +136,10 @@ def scale(tape: Tape, x: Tensor, factors: Tensor | None, name: str) -> Tensor:
     """x times constants, broadcast."""
     saved = tape.keep(factors)
     size, number = x.size, x.number
-    out = _made(tape, name, "elementwise", size, number, 2)
+    out = made(tape, name, "elementwise", size, number, 2)
 
     def backward(gradients: Sequence[Gradient]) -> tuple[Gradient, ...]:
-        return (_made(tape, name, "elementwise", size, number, 2),)
+        return (made(tape, name, "elementwise", size, number, 2),)
 
     return tape.result(out, (x,), saved, backward)
 
@@ -147,7 +147,7 @@ def scale(tape: Tape, x: Tensor, factors: Tensor | None, name: str) -> Tensor:
 def concatenate(tape: Tape, parts: Sequence[Tensor], name: str) -> Tensor:
     """The parts in one new tensor; their gradients are views of its gradient."""
     sizes, number = [part.size for part in parts], parts[0].number
-    out = _made(tape, name, "copy", sum(sizes), number, 2)
+    out = made(tape, name, "copy", sum(sizes), number, 2)
 
     def backward(gradients: Sequence[Gradient]) -> tuple[Gradient, ...]:
         (gradient,) = gradients
@@ -160,7 +160,7 @@ def concatenate(tape: Tape, parts: Sequence[Tensor], name: str) -> Tensor:
 def repeat(tape: Tape, x: Tensor, times: int, name: str) -> Tensor:
     """x so many times, in a new tensor."""
     size, number = x.size, x.number
-    out = _made(tape, name, "copy", times * size, number, 2)
+    out = made(tape, name, "copy", times * size, number, 2)
 
     def backward(gradients: Sequence[Gradient]) -> tuple[Gradient, ...]:
         tape.op(name, "reduction", 0, (times + 1) * size * WIDTH[number], (times * size,), number)
@@ -169,7 +169,7 @@ def repeat(tape: Tape, x: Tensor, times: int, name: str) -> Tensor:
     return tape.result(out, (x,), [], backward)
 
 
-def _made(tape: Tape, name: str, kind: Kind, size: int, number: Number, passes: int) -> Tensor:
+def made(tape: Tape, name: str, kind: Kind, size: int, number: Number, passes: int) -> Tensor:
     """A new tensor for which as many tensors of its size are read or written as `passes` says."""
     out = tape.new(size, number)
     tape.op(name, kind, 0, passes * out.bytes, (size,), number)
@@ -179,12 +179,12 @@ def _made(tape: Tape, name: str, kind: Kind, size: int, number: Number, passes: 
 def activation(tape: Tape, x: Tensor, kind: Activation, name: str) -> Tensor:
     saved = [] if kind in KEEPS_RESULT else tape.keep(x)
     size, number = x.size, x.number
-    out = _made(tape, name, "activation", size, number, 2)
+    out = made(tape, name, "activation", size, number, 2)
     if kind in KEEPS_RESULT:
         saved = tape.keep(out)
 
     def backward(gradients: Sequence[Gradient]) -> tuple[Gradient, ...]:
-        return (_made(tape, name, "activation", size, number, 3),)
+        return (made(tape, name, "activation", size, number, 3),)
 
     return tape.result(out, (x,), saved, backward)
 
@@ -195,99 +195,16 @@ def dropout(tape: Tape, x: Tensor, p: float, name: str) -> Tensor:
         return x
     size, number = x.size, x.number
     if tape.device == "cpu":
-        noise = _made(tape, name, "elementwise", size, number, 3)
+        noise = made(tape, name, "elementwise", size, number, 3)
         return multiply(tape, x, noise, name)
-    out = _made(tape, name, "elementwise", size, number, 3)
+    out = made(tape, name, "elementwise", size, number, 3)
     mask = Tensor(tape.new(-(-size // 4), "fp32").storage, size, "fp32")
     saved = tape.keep(mask)
 
     def backward(gradients: Sequence[Gradient]) -> tuple[Gradient, ...]:
-        return (_made(tape, name, "elementwise", size, number, 3),)
+        return (made(tape, name, "elementwise", size, number, 3),)
 
     return tape.result(out, (x,), saved, backward)
-
-
-def layer_norm(tape: Tape, x: Tensor, weight: Parameter, bias: Parameter | None, name: str) -> Tensor:
-    """Over the last dimension, as wide as the weight."""
-    if tape.device == "gpu" and tape.autocast is not None:
-        x = cast(tape, x, "fp32")
-    size, number = x.size, x.number
-    rows = size // weight.size
-    saved = tape.keep(x, weight, bias)
-    out = _made(tape, name, "normalisation", size, number, 2)
-    statistics: Number = "fp32" if tape.device == "gpu" else weight.number
-    mean, deviation = tape.new(rows, statistics), tape.new(rows, statistics)
-    saved += tape.keep(mean, deviation)
-
-    def backward(gradients: Sequence[Gradient]) -> tuple[Gradient, ...]:
-        into_x = _made(tape, name, "normalisation", size, number, 3)
-        into_weight = tape.new_gradient(weight.size, weight.number, weight)
-        into_bias = None if bias is None else tape.new_gradient(bias.size, bias.number, bias)
-        return into_x, into_weight, into_bias
-
-    return tape.result(out, (x, weight, bias), saved, backward)
-
-
-def rms_norm(tape: Tape, x: Tensor, weight: Parameter, name: str) -> Tensor:
-    """Over the last dimension. A CPU does it by six operations in fp32, each with a backward pass of its own; CUDA by one."""
-    if tape.device == "gpu":
-        return _fused_rms_norm(tape, x, weight, name)
-    number, rows = x.number, x.size // weight.size
-    wide = cast(tape, x, "fp32")
-    size = wide.size
-
-    def of_squares(gradients: Sequence[Gradient]) -> tuple[Gradient, ...]:
-        power = _made(tape, name, "elementwise", size, "fp32", 2)
-        twice = _made(tape, name, "elementwise", size, "fp32", 2)
-        return (power and twice and _made(tape, name, "elementwise", size, "fp32", 3),)
-
-    def of_mean(gradients: Sequence[Gradient]) -> tuple[Gradient, ...]:
-        return (_made(tape, name, "elementwise", size, "fp32", 1),)
-
-    def of_root(gradients: Sequence[Gradient]) -> tuple[Gradient, ...]:
-        return (tape.new(rows, "fp32"),)
-
-    saved = tape.keep(wide)
-    squares = tape.result(_made(tape, name, "elementwise", size, "fp32", 2), (wide,), saved, of_squares)
-    tape.op(name, "reduction", 0, squares.bytes, (size,), "fp32")
-    mean = tape.result(tape.new(rows, "fp32"), (squares,), [], of_mean)
-    root = tape.new(rows, "fp32")
-    root = tape.result(root, (mean,), tape.keep(root), of_root)
-    del squares, mean
-
-    def of_product(gradients: Sequence[Gradient]) -> tuple[Gradient, ...]:
-        into_x = _made(tape, name, "elementwise", size, "fp32", 2)
-        product = _made(tape, name, "elementwise", size, "fp32", 3)
-        tape.op(name, "reduction", 0, product.bytes, (size,), "fp32")
-        return into_x, tape.new(rows, "fp32")
-
-    saved = tape.keep(wide, root)
-    normed = tape.result(_made(tape, name, "elementwise", size, "fp32", 2), (wide, root), saved, of_product)
-
-    def of_scaled(gradients: Sequence[Gradient]) -> tuple[Gradient, ...]:
-        into_normed = _made(tape, name, "elementwise", size, "fp32", 2)
-        product = _made(tape, name, "elementwise", size, "fp32", 3)
-        tape.op(name, "reduction", 0, product.bytes, (size,), "fp32")
-        return into_normed, tape.new_gradient(weight.size, weight.number, weight)
-
-    saved = tape.keep(normed, weight)
-    out = tape.result(_made(tape, name, "elementwise", size, "fp32", 2), (normed, weight), saved, of_scaled)
-    return cast(tape, out, number)
-
-
-def _fused_rms_norm(tape: Tape, x: Tensor, weight: Parameter, name: str) -> Tensor:
-    if tape.autocast is not None:
-        x = cast(tape, x, "fp32")
-    size, number = x.size, x.number
-    saved = tape.keep(x, weight)
-    out = _made(tape, name, "normalisation", size, number, 2)
-    saved += tape.keep(tape.new(size // weight.size, "fp32"))
-
-    def backward(gradients: Sequence[Gradient]) -> tuple[Gradient, ...]:
-        into_x = _made(tape, name, "normalisation", size, number, 3)
-        return into_x, tape.new_gradient(weight.size, weight.number, weight)
-
-    return tape.result(out, (x, weight), saved, backward)
 
 
 def split(tape: Tape, x: Tensor, sizes: Sequence[int], name: str) -> list[Tensor]:
@@ -296,142 +213,13 @@ def split(tape: Tape, x: Tensor, sizes: Sequence[int], name: str) -> list[Tensor
     parts = [Tensor(x.storage, part, number, index=i) for i, part in enumerate(sizes)]
 
     def backward(gradients: Sequence[Gradient]) -> tuple[Gradient, ...]:
-        return (_made(tape, name, "copy", size, number, 2),)
+        return (made(tape, name, "copy", size, number, 2),)
 
     if tape.training and x.node is not None:
         node = Node(tape, (x,), [], backward, len(parts))
         for part in parts:
             part.node = node
     return parts
-
-
-def attention(
-    tape: Tape,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    sizes: tuple[int, int, int, int, int],
-    name: str,
-    dropped: float = 0.0,
-    causal: bool = False,
-    mask: Tensor | None = None,
-) -> Tensor:
-    """Softmax(q k^T) v by the kernel that torch.nn.functional.scaled_dot_product_attention takes.
-
-    Fused kernels keep their inputs, their result and a number for each row of the scores. A CPU's knows no dropout: there
-    the scores are written down, in fp32. On a GPU flash attention takes 16 bits and dropout, the memory-efficient kernel
-    what else there is; masks are broadcast, never written out.
-
-    Args:
-        sizes: batch, heads, queries, keys, size of a head.
-        dropped: probability of dropout.
-        causal: flops are counted without regard to it.
-        mask: bool of the keys that are seen, (batch, keys).
-    """
-    if takes_scores(tape, dropped):
-        return _written_attention(tape, q, k, v, sizes, name, dropped, causal, mask)
-    batch, heads, queries, keys, head_size = sizes
-    number = q.number
-    flops, moved = 4.0 * batch * heads * queries * keys * head_size, 2.0 * (q.bytes + k.bytes)
-    floats = None if mask is None else tape.new(mask.size, number)
-    saved = tape.keep(q, k, v, floats)
-    out = tape.new(q.size, number)
-    sums = tape.new(batch * heads * queries, "fp32")
-    saved += tape.keep(out, sums)
-    tape.op(name, "attention", flops, moved, sizes, number)
-    lengths = q.size, k.size, v.size
-
-    def backward(gradients: Sequence[Gradient]) -> tuple[Gradient, ...]:
-        # the scores are computed again: five products where the forward pass has two
-        tape.op(name, "attention", 2.5 * flops, 2 * moved, sizes, number)
-        results = tuple(tape.new(length, number) for length in lengths)
-        if tape.device == "gpu":
-            tape.new(batch * heads * queries, "fp32")
-            if number != "fp32":
-                tape.new(lengths[0], "fp32")  # in which gradients of the queries are summed
-        return results
-
-    return tape.result(out, (q, k, v), saved, backward)
-
-
-def takes_scores(tape: Tape, dropped: float) -> bool:
-    """Whether attention writes the scores of all pairs down (torch's `math` kernel)."""
-    return tape.device == "cpu" and tape.training and dropped > 0
-
-
-def _written_attention(
-    tape: Tape,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    sizes: tuple[int, int, int, int, int],
-    name: str,
-    dropped: float,
-    causal: bool,
-    mask: Tensor | None,
-) -> Tensor:
-    """`_scaled_dot_product_attention_math`; names are held as there."""
-    batch, heads, queries, keys, head_size = sizes
-    number, pairs = q.number, batch * heads * queries * keys
-    floats = None
-    if causal:
-        floats = tape.new(queries * keys, "fp32")
-    elif mask is not None:
-        floats = tape.new(mask.size, number)
-    q32, k32, v32 = (cast(tape, each, "fp32") for each in (q, k, v))
-    scaled = scale(tape, q32, None, name)
-    scaled_keys = scale(tape, k32, None, name)
-    scores = _product(
-        tape, contiguous(tape, scaled, name), contiguous(tape, scaled_keys, name), sizes, pairs, head_size, name
-    )
-    del scaled_keys
-    if floats is not None:
-        tape.op(name, "elementwise", 0, 2 * scores.bytes, (pairs,), "fp32")
-    scores = _softmax(tape, scores, name)
-    scores = dropout(tape, scores, dropped, name)
-    returned = None if number == "fp32" else tape.new(pairs, number)  # of which nobody makes use
-    out = _product(tape, scores, contiguous(tape, v32, name), sizes, q.size, keys, name)
-    size = out.size
-
-    def laid_out(gradients: Sequence[Gradient]) -> tuple[Gradient, ...]:
-        return (_made(tape, name, "copy", size, "fp32", 2),)
-
-    out = tape.result(Tensor(out.storage, size, "fp32"), (out,), [], laid_out)
-    out = cast(tape, out, number)
-    del returned, floats, scaled
-    return out
-
-
-def _product(tape: Tape, x: Tensor, y: Tensor, sizes: tuple[int, ...], size: int, inner: int, name: str) -> Tensor:
-    """A product of matrices for each head of each sample, of `size` values, each the sum of `inner` products."""
-    saved = tape.keep(x, y)
-    flops, moved = 2.0 * size * inner, x.bytes + y.bytes + 4.0 * size
-    shape = sizes[0] * sizes[1] * sizes[2], size // (sizes[0] * sizes[1] * sizes[2]), inner
-    lengths = x.size, y.size
-    out = tape.new(size, "fp32")
-    tape.op(name, "matmul", flops, moved, shape, "fp32")
-
-    def backward(gradients: Sequence[Gradient]) -> tuple[Gradient, ...]:
-        tape.op(name, "matmul", flops, moved, shape, "fp32")
-        tape.op(name, "matmul", flops, moved, shape, "fp32")
-        return tuple(tape.new(length, "fp32") for length in lengths)
-
-    return tape.result(out, (x, y), saved, backward)
-
-
-def _softmax(tape: Tape, scores: Tensor, name: str) -> Tensor:
-    """`_safe_softmax`, which looks for rows that are masked as a whole."""
-    size = scores.size
-    out = _made(tape, name, "activation", size, "fp32", 2)
-    masked = tape.new(-(-size // 4), "fp32")
-    tape.op(name, "elementwise", 0, 1.25 * out.bytes, (size,), "fp32")
-    del masked
-    saved = tape.keep(out)
-
-    def backward(gradients: Sequence[Gradient]) -> tuple[Gradient, ...]:
-        return (_made(tape, name, "activation", size, "fp32", 3),)
-
-    return tape.result(out, (scores,), saved, backward)
 
 
 def contiguous(tape: Tape, x: Tensor, name: str) -> Tensor:
@@ -442,7 +230,7 @@ def contiguous(tape: Tape, x: Tensor, name: str) -> Tensor:
         assert gradient is not None
         return (Tensor(gradient.storage, gradient.size, gradient.number, view=True),)
 
-    return tape.result(_made(tape, name, "copy", x.size, x.number, 2), (x,), [], backward)
+    return tape.result(made(tape, name, "copy", x.size, x.number, 2), (x,), [], backward)
 
 
 def select(tape: Tape, x: Tensor, size: int, name: str, view: bool = False) -> Tensor:
@@ -452,10 +240,10 @@ def select(tape: Tape, x: Tensor, size: int, name: str, view: bool = False) -> T
     """
     whole, number = x.size, x.number
     saved = [] if view else tape.keep(x)
-    out = Tensor(x.storage, size, number) if view else _made(tape, name, "lookup", size, number, 2)
+    out = Tensor(x.storage, size, number) if view else made(tape, name, "lookup", size, number, 2)
 
     def backward(gradients: Sequence[Gradient]) -> tuple[Gradient, ...]:
-        return (_made(tape, name, "lookup", whole, number, 1),)
+        return (made(tape, name, "lookup", whole, number, 1),)
 
     return tape.result(out, (x,), saved, backward)
 
