@@ -20,6 +20,7 @@ usage: lm-train VERB [key=value ...]
   show      print a resolved recipe  lm-train show recipe=gpt_small model.n_layer=4 > mine.yaml
   submit    check a job file against its partition and give it to Slurm      lm-train submit job=job.sbatch
   doctor    check this machine, each problem with its fix
+  calibrate measure this machine, so that plans are made by its own figures    lm-train calibrate [out=FILE] [quick=true]
 
 Words: recipe=NAME|PATH  section.key=value  section=KIND  section={key: value}  name=RUN  runs_dir=DIR  seed=N
        resume=auto|never|PATH  debug=true  dry_run=true  plugins=PACKAGE (whose code may run)
@@ -39,6 +40,8 @@ VERB_SYNONYMS = {
     "print": "show",
     "check": "doctor",
     "sbatch": "submit",
+    "measure": "calibrate",
+    "benchmark": "calibrate",
 }
 
 
@@ -98,6 +101,7 @@ def _dispatch(words: list[str]) -> int:
         "show": _show,
         "submit": _submit,
         "doctor": _doctor,
+        "calibrate": _calibrate,
     }
     if not words or words[0] in ("-h", "--help", "help"):
         print(HELP, file=sys.stdout if words else sys.stderr)
@@ -172,6 +176,12 @@ def _doctor(words: list[str]) -> int:
     from lm_train.doctor import examine
 
     return examine()
+
+
+def _calibrate(words: list[str]) -> int:
+    from lm_train.calibrate.run import calibrate
+
+    return calibrate(words)
 
 
 def _no_words(verb: str, words: list[str]) -> None:

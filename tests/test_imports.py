@@ -47,6 +47,7 @@ ROOMS = (
     "tracking",
     "train",
     "rank",
+    "calibrate",
     "dry_run",
     "doctor",
     "cli",

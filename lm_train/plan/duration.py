@@ -77,9 +77,11 @@ def time_of(
     accumulate = layout.accumulate_grad_batches
     accumulating = (accumulate - 1) * rates.stream(3 * _gradient_width(layout) * _total(named))
     compute = accumulate * micro.device + accumulating
-    communication, hooks = _communication(named, work, layout, micro, rates)
+    communication = _communication(named, work, layout, micro, rates)
+    cost = rates.strategy(layout.strategy)
+    own = cost.step + own_passes(layout, len(named), len(work.stages)) * cost.each
     optimizer = _update(named, layout, optim, rates, clips)
-    host = rates.loop.step + accumulate * (rates.loop.micro_batch + micro.host) + hooks
+    host = rates.loop.step + accumulate * (rates.loop.micro_batch + micro.host) + own
     if rates.asynchronous:
         host = max(0.0, host - compute - communication - optimizer)
     host += rates.loop.row / log_every
@@ -109,24 +111,24 @@ def pass_of(ops: Iterable[Op], rates: Rates) -> Pass:
 
 def _communication(
     named: list[tuple[str, tuple[int, ...]]], work: Work, layout: Layout, micro: Pass, rates: Rates
-) -> tuple[float, float]:
-    """Seconds of collectives that nothing hides, and of the strategy's own work on the host, in one step."""
+) -> float:
+    """Seconds of collectives, and of copies for them, that nothing hides in one step."""
     strategy, ranks, accumulate = layout.strategy, layout.ranks, layout.accumulate_grad_batches
-    total, tensors, units = _total(named), len(named), max(1, len(work.stages))
+    total, units = _total(named), max(1, len(work.stages))
     if strategy == "single":
-        return 0.0, 0.0
+        return 0.0
     hidden = rates.overlap * micro.backward
     if strategy == "ddp":
         size = _gradient_width(layout) * total
         copied = rates.stream(2 * size)
         if ranks == 1:
-            return copied, rates.hook(strategy) * tensors
+            return copied
         buckets = math.ceil(size / DDP_BUCKET)
         summing = buckets * rates.collective("all_reduce", size / buckets)
         # the first stage's gradients come last, and nothing is left to compute behind which their sum could hide
         first = work.stages[0].parameters if work.stages else 0
         tail = rates.collective("all_reduce", min(size, max(size / buckets, first * _gradient_width(layout))))
-        return copied + _exposed(summing, hidden, tail, rates), rates.hook(strategy) * tensors
+        return copied + _exposed(summing, hidden, tail, rates)
     low = 4 if layout.precision == "32-true" else 2
     if strategy in ("zero1", "zero2"):
         # into the bucket, out of it into this rank's part, and there to fp32
@@ -136,7 +138,7 @@ def _communication(
         summing = _exposed(parts * each, hidden, each, rates) + copied
         gathering = rates.collective("all_gather", low * total)
         times = accumulate if strategy == "zero2" else 1
-        return times * summing + gathering, rates.hook(strategy) * tensors * times
+        return times * summing + gathering
     width, reduced = (low, low) if strategy.startswith("zero") else (_gathered_width(layout), _gradient_width(layout))
 
     def each_unit(kind: Collective, size: float) -> float:
@@ -150,8 +152,22 @@ def _communication(
     seconds = _exposed(gathers + reduction, hidden, first_and_last, rates) + copied
     if strategy == "zero3_offload":
         seconds += rates.offload((2 * low + low) * total / ranks)
-    passes = 2 * (units if strategy == "fsdp" else tensors)
-    return accumulate * seconds, accumulate * passes * rates.hook(strategy)
+    return accumulate * seconds
+
+
+def own_passes(layout: Layout, tensors: int, units: int) -> int:
+    """How often a strategy's own code deals with a unit (fsdp) or a parameter in one step."""
+    accumulate = layout.accumulate_grad_batches
+    match layout.strategy:
+        case "single":
+            return 0
+        case "ddp" | "zero1":
+            return tensors
+        case "zero2":
+            return tensors * accumulate
+        case "fsdp":
+            return 2 * units * accumulate
+    return 2 * tensors * accumulate
 
 
 def _exposed(communicating: float, hidden: float, tail: float, rates: Rates) -> float:

@@ -206,6 +206,8 @@ class ClusterSection(Section):
     price_per_gpu_hour: NonNegativeFloat | None = None
     currency: Annotated[Text, Field(pattern=r"^[A-Z]{3}$")] | None = None
     """ISO 4217 code of the price."""
+    calibration: Text | None = None
+    """File of `lm-train calibrate` by whose figures times are foretold; null: this machine's own, where there is one."""
     partition: Text | None = None
     account: Text | None = None
     qos: Text | None = None

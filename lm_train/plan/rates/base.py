@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from lm_train.plan.work import Op
 from lm_train.recipe import AnyOptim
@@ -24,6 +24,15 @@ class Loop:
     """Of each micro batch: the loop, the loader's hand-over, the loss."""
     row: float
     """Of one row of metrics, which waits for the device and writes."""
+
+
+class StrategyCost(NamedTuple):
+    """Host seconds of a strategy's own code."""
+
+    step: float
+    """Of one optimizer step."""
+    each: float
+    """Of each unit (fsdp) or parameter (ddp, zero) in one pass over it; see `lm_train.plan.duration.own_passes`."""
 
 
 class Rates(ABC):
@@ -77,8 +86,8 @@ class Rates(ABC):
         """Between host and device, in one direction."""
 
     @abstractmethod
-    def hook(self, strategy: str) -> float:
-        """Host seconds that a strategy spends on each unit that it gathers or reduces by itself, in one pass over it."""
+    def strategy(self, name: str) -> StrategyCost:
+        """Of the host, besides collectives and copies."""
 
     @abstractmethod
     def written(self, size: float) -> float:

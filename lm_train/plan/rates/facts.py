@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from lm_train.clusters.types import Cluster, Device, Link
 from lm_train.plan.layout import Layout
-from lm_train.plan.rates.base import Collective, Loop, Rates
+from lm_train.plan.rates.base import Collective, Loop, Rates, StrategyCost
 from lm_train.plan.work import Op
 from lm_train.recipe import AnyOptim
 
@@ -52,8 +52,15 @@ HOST_BANDWIDTH = 100e9
 """Bytes/s of a node's own memory beside its GPUs. Estimate: eight channels of DDR4-3200 are 205 GB/s."""
 CHECKSUM_BANDWIDTH = 0.8e9
 """Bytes/s of BLAKE2b on one core. Estimate."""
-UNIT_SECONDS = {"fsdp": 300e-6, "zero1": 20e-6, "zero2": 20e-6, "zero3": 200e-6, "zero3_offload": 250e-6}
-"""Host time for each unit (fsdp) or parameter (zero) in one pass. Estimates."""
+STRATEGY_COST = {
+    "ddp": StrategyCost(200e-6, 5e-6),
+    "fsdp": StrategyCost(500e-6, 300e-6),
+    "zero1": StrategyCost(2e-3, 20e-6),
+    "zero2": StrategyCost(2e-3, 20e-6),
+    "zero3": StrategyCost(2e-3, 200e-6),
+    "zero3_offload": StrategyCost(2e-3, 250e-6),
+}
+"""Estimates."""
 COMPILED = 0.5
 """Traffic and launches of what torch.compile fuses, over those of eager torch. Estimate: nanoGPT reports 250 and 135 ms a step
 without and with it (github.com/karpathy/nanoGPT, README)."""
@@ -139,8 +146,8 @@ class FactRates(Rates):
     def offload(self, size: float) -> float:
         return size / (self.cluster.device.host_bandwidth if self.on_gpu else self._bandwidth)
 
-    def hook(self, strategy: str) -> float:
-        return UNIT_SECONDS.get(strategy, 0.0)
+    def strategy(self, name: str) -> StrategyCost:
+        return STRATEGY_COST.get(name, StrategyCost(0.0, 0.0))
 
     def written(self, size: float) -> float:
         return size / self.cluster.disk_bandwidth + size / self.layout.devices / CHECKSUM_BANDWIDTH
