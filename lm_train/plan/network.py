@@ -13,7 +13,7 @@ from lm_train.plan.footprint import memory_of
 from lm_train.plan.layout import Layout, Strategy
 from lm_train.plan.memory import checkpoint_bytes
 from lm_train.plan.prediction import Interval, MemoryPrediction, TimePrediction
-from lm_train.plan.rates import Rates, from_facts
+from lm_train.plan.rates import Rates, rates_of
 from lm_train.plan.target import Target
 from lm_train.plan.work import Work, work_of
 from lm_train.recipe import Recipe, Task, task_of
@@ -56,7 +56,7 @@ class Forecaster:
         self.recipe, self.network, self.target, self.shapes = recipe, network, target, shapes
         self._facts, _ = with_assumptions(recipe, network.facts)
         self._works: dict[Layout, Work] = {}
-        self._rates: dict[tuple[int, int], Rates] = {}
+        self._rates: dict[tuple[int, int, int, str, bool], Rates] = {}
 
     @classmethod
     def of(cls, recipe: Recipe, network: Network, target: Target) -> Forecaster | None:
@@ -79,9 +79,9 @@ class Forecaster:
         return self._works[key]
 
     def rates(self, layout: Layout) -> Rates:
-        key = layout.nodes, layout.devices
+        key = layout.nodes, layout.devices, layout.threads_per_rank, layout.precision, layout.compile
         if key not in self._rates:
-            self._rates[key] = from_facts(self.target.cluster, layout)
+            self._rates[key] = rates_of(self.target.cluster, layout, self.recipe.cluster.calibration)
         return self._rates[key]
 
     def memory(self, layout: Layout) -> MemoryPrediction:
