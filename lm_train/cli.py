@@ -7,6 +7,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from lm_train import __version__
 from lm_train.errors import ExitCode, LMTrainError, UsageError
@@ -19,6 +20,7 @@ usage: lm-train VERB [key=value ...]
   recipes   list the shipped recipes
   show      print a resolved recipe  lm-train show recipe=gpt_small model.n_layer=4 > mine.yaml
   submit    check a job file against its partition and give it to Slurm      lm-train submit job=job.sbatch
+            or write it first, with the words of plan       lm-train submit recipe=gpt_small sbatch=job.sbatch
   doctor    check this machine, each problem with its fix
   calibrate measure this machine, so that plans are made by its own figures    lm-train calibrate [out=FILE] [quick=true]
 
@@ -168,7 +170,10 @@ def _show(words: list[str]) -> int:
 def _submit(words: list[str]) -> int:
     from lm_train.submit import file_of, submit
 
-    return submit(file_of(words))
+    written = next((word.removeprefix("sbatch=") for word in words if word.startswith("sbatch=")), None)
+    if written is None:
+        return submit(file_of(words))
+    return _plan(words) or submit(Path(written))
 
 
 def _doctor(words: list[str]) -> int:

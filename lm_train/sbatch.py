@@ -11,7 +11,7 @@ from pathlib import Path
 from lm_train.clusters import Cluster
 from lm_train.errors import OutputError, UsageError
 from lm_train.plan import Plan, made_for
-from lm_train.recipe import Recipe
+from lm_train.recipe import LabelledData, Recipe
 
 PLAN_WORDS = ("sbatch", "why", "probe", "format")
 """Words of `lm-train plan` that are none of the run."""
@@ -21,6 +21,8 @@ CPU_PROCESS_BYTES = 2 * 10**9
 """Host memory of a process on the CPU beside what is predicted for it. An upper estimate."""
 WORKER_BYTES = 10**9
 """Of a process that loads data. An upper estimate."""
+GPU_THREADS = 8
+"""Cores that a process needs to drive a GPU, at most: it launches kernels from one, and tokenizes and writes with more."""
 SUPERVISOR_BYTES = 10**9
 _USUAL_SIGNAL_S = 120
 """As in slurm/train.sbatch."""
@@ -59,7 +61,7 @@ def write(path: Path, words: Sequence[str], recipe: Recipe, plan: Plan, cluster:
         raise OutputError(
             f"cannot write {error.filename or path}: {error.strerror}; choose another sbatch=PATH"
         ) from None
-    return notes(plan, cluster)
+    return notes(recipe, plan, cluster)
 
 
 def job_file(words: Sequence[str], recipe: Recipe, plan: Plan, cluster: Cluster) -> str:
@@ -86,7 +88,7 @@ def job_file(words: Sequence[str], recipe: Recipe, plan: Plan, cluster: Cluster)
         **_gpus(plan, cluster),
         "cpus-per-task": str(cpus(plan, cluster)),
         "mem": None if not (need := memory_bytes(plan, cluster)) else f"{math.ceil(need / 2**20)}M",
-        "time": slurm_time(minutes(plan, cluster)),
+        "time": slurm_time(minutes(recipe, plan, cluster)),
         "signal": f"USR1@{_signal_seconds(plan)}",
         "open-mode": "append",
     }
@@ -119,10 +121,12 @@ def job_file(words: Sequence[str], recipe: Recipe, plan: Plan, cluster: Cluster)
 
 def cpus(plan: Plan, cluster: Cluster) -> int:
     """Cores of each node's one task: its ranks' threads and loader workers, at most the devices' share of the node."""
-    wanted = plan.devices * (plan.threads_per_rank + plan.num_workers)
-    share = cluster.cpu_cores_per_node
+    threads, share = plan.threads_per_rank, cluster.cpu_cores_per_node
     if plan.accelerator == "gpu":
         share = max(1, share * plan.devices // cluster.devices_per_node)
+        if plan.strategy != "zero3_offload":  # whose update runs on the CPU
+            threads = min(threads, GPU_THREADS)
+    wanted = plan.devices * (threads + plan.num_workers)
     return max(1, min(wanted, share))
 
 
@@ -140,7 +144,7 @@ def memory_bytes(plan: Plan, cluster: Cluster) -> int:
     return min(need, whole) if whole else need
 
 
-def minutes(plan: Plan, cluster: Cluster) -> int | None:
+def minutes(recipe: Recipe, plan: Plan, cluster: Cluster) -> int | None:
     """The job's time limit: the upper end of the run's hours, and what lies between Slurm's signal and the end.
 
     None where nothing is predicted and the partition has no limit: then it is the partition's default.
@@ -148,19 +152,19 @@ def minutes(plan: Plan, cluster: Cluster) -> int | None:
     most = math.floor(cluster.site.max_hours * 60 + 1e-6) if cluster.site.max_hours is not None else None
     if plan.prediction is None:
         return most
-    needed = math.ceil(plan.prediction.hours.high * 60 + _signal_seconds(plan) / 60)
+    needed = math.ceil(_hours(recipe, plan) * 60 + _signal_seconds(plan) / 60)
     return needed if most is None else max(1, min(needed, most))
 
 
-def notes(plan: Plan, cluster: Cluster) -> list[str]:
+def notes(recipe: Recipe, plan: Plan, cluster: Cluster) -> list[str]:
     """Where the job file asks for less than the plan would need, or for a guess, and what follows of it."""
     told = []
-    limit, partition = minutes(plan, cluster), cluster.site.partition or cluster.name
+    limit, partition = minutes(recipe, plan, cluster), cluster.site.partition or cluster.name
     if plan.prediction is None:
         told.append("nothing is predicted for this model: the job asks for all the time and memory that it may have")
-    elif limit is not None and limit < plan.prediction.hours.high * 60:
+    elif limit is not None and limit < _hours(recipe, plan) * 60:
         told.append(
-            f"the run may take {plan.prediction.hours.high:.1f} h, and {partition} ends jobs after {limit / 60:.1f} h: it saves, "
+            f"the run may take {_hours(recipe, plan):.1f} h, and {partition} ends jobs after {limit / 60:.1f} h: it saves, "
             "is requeued by itself, and goes on"
         )
     if cluster.host_memory_bytes and plan.prediction is not None:
@@ -168,6 +172,14 @@ def notes(plan: Plan, cluster: Cluster) -> list[str]:
         if asked == cluster.host_memory_bytes and plan.accelerator == "gpu":
             told.append(f"the job asks for all {asked / 1e9:.0f} GB of each node's memory")
     return told
+
+
+def _hours(recipe: Recipe, plan: Plan) -> float:
+    """Upper end of all that the job does: where the recipe means several folds, of one after the other."""
+    assert plan.prediction is not None
+    data = recipe.data
+    runs = (data.folds or 1) if isinstance(data, LabelledData) and data.fold is None else 1
+    return plan.prediction.hours.high * runs
 
 
 def slurm_time(minutes: int | None) -> str | None:
@@ -201,7 +213,7 @@ def _head(recipe: Recipe, plan: Plan, cluster: Cluster) -> list[str]:
         hours = plan.prediction.hours
         span = f"{hours.value:.2f} h expected, {hours.low:.2f} to {hours.high:.2f} h"
         lines.append(f"{span}; --time is the upper end and a reserve for the last checkpoint")
-    lines = [re.sub(r"[^ -~]+", " ", line) for line in [*lines, *notes(plan, cluster)]]
+    lines = [re.sub(r"[^ -~]+", " ", line) for line in [*lines, *notes(recipe, plan, cluster)]]
     return [*lines, "Submit it with: lm-train submit job=THIS_FILE"]
 
 

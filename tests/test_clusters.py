@@ -409,6 +409,9 @@ def test_the_shell_of_salloc_plans_for_its_job(slurm: Path, monkeypatch: pytest.
 def test_a_description_has_the_limits_of_its_partition_here(slurm: Path) -> None:
     site = planned(name="h100x8", partition="gpu").site
     assert (site.partition, site.max_hours, site.max_nodes) == ("gpu", 48.0, 4)
+    assert site.gres == "gpu:h100"
+    cluster = planned(name="h100x8", partition="gpu")
+    assert (cluster.cpu_cores_per_node, cluster.host_memory_bytes) == (128, 1_000_000 << 20)
     assert planned(name="h100x8", partition="elsewhere").site.max_hours is None
     assert find(ClusterSection(name="h100x8", partition="gpu"), LAPTOP, None).site.max_hours is None
 
@@ -419,6 +422,11 @@ def test_a_description_has_the_limits_of_its_partition_here(slurm: Path) -> None
         ({"partition": "gpus"}, "Slurm has no partition gpus; did you mean gpu? There are gpu, cpu, empty"),
         ({"partition": "zzz"}, "Slurm has no partition zzz; there are gpu, cpu, empty"),
         ({"partition": "empty"}, "partition empty has no node that takes jobs now"),
+        (
+            {"name": "a100_80x8", "partition": "gpu"},
+            "nodes of gpu have 8 x h100 or 4 x a100, a100_80x8 is 8 x NVIDIA A100 SXM 80 GB; plan with cluster=auto "
+            "cluster.partition=gpu, or",
+        ),
         ({"nodes": 3}, "cluster.nodes: 3 asked, partition gpu has 2; try 2"),
     ],
 )

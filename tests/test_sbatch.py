@@ -84,7 +84,7 @@ def test_a_job_on_gpus() -> None:
         "nodes": "2",
         "ntasks-per-node": "1",
         "gpus-per-node": "h100:4",
-        "cpus-per-task": "104",  # 4 x (26 + 2), but half of the node's 208 go with half of its GPUs
+        "cpus-per-task": "40",  # 4 x (8 + 2)
         "mem": asked["mem"],
         "time": "10:02:00",  # the upper end, and the two minutes from the signal to the end
         "signal": "USR1@120",
@@ -92,6 +92,20 @@ def test_a_job_on_gpus() -> None:
     }
     gigabytes = int(asked["mem"].removesuffix("M")) * 2**20 / 1e9
     assert 4 * (8 + 1 + 2) < gigabytes < 60, "processes, pinned memory, loader workers"
+
+
+def test_cores_are_a_share_of_the_node() -> None:
+    cluster = cluster_named("h100x8").model_copy(update={"cpu_cores_per_node": 64})
+    plan = recipe_and_plan(CPU, devices=4, accelerator="gpu", threads_per_rank=16, num_workers=4)[1]
+    assert sbatch.cpus(plan, cluster) == 32, "half of the GPUs, half of the cores"
+    offloaded = plan.model_copy(update={"strategy": "zero3_offload", "num_workers": 0, "threads_per_rank": 10})
+    assert sbatch.cpus(offloaded, cluster_named("h100x8")) == 40
+
+
+def test_folds_take_their_time_one_after_another() -> None:
+    plan = recipe_and_plan(CPU, prediction=predicted(1.0))[1]
+    recipe = load(["recipe=mlp_digits", "data.folds=5"])
+    assert options(sbatch.job_file([], recipe, plan, this_cluster(CPU, None)))["time"] == "05:02:00"
 
 
 def test_gres_words_of_the_site() -> None:
@@ -122,7 +136,7 @@ def test_the_time_limit(hours: float, most: float | None, time: str) -> None:
     cluster = this_cluster(CPU, None).model_copy(update={"site": Site(partition="short", max_hours=most)})
     text = sbatch.job_file([], recipe, plan, cluster)
     assert options(text)["time"] == time
-    told = [line for line in sbatch.notes(plan, cluster) if "ends jobs after" in line]
+    told = [line for line in sbatch.notes(recipe, plan, cluster) if "ends jobs after" in line]
     assert told == (
         ["the run may take 30.0 h, and short ends jobs after 24.0 h: it saves, is requeued by itself, and goes on"]
         if hours == 30.0 and most
@@ -143,7 +157,7 @@ def test_without_a_prediction_the_job_asks_for_all_it_may_have() -> None:
     asked = options(sbatch.job_file([], recipe, plan, cluster))
     assert asked["time"] == "12:00:00"
     assert int(asked["mem"].removesuffix("M")) << 20 == pytest.approx(cluster.host_memory_bytes / 4, rel=0.01)
-    assert "nothing is predicted for this model" in sbatch.notes(plan, cluster)[0]
+    assert "nothing is predicted for this model" in sbatch.notes(recipe, plan, cluster)[0]
     open_ended = options(sbatch.job_file([], recipe, plan, cluster_named("h100x8")))
     assert "time" not in open_ended
 

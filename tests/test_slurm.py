@@ -363,42 +363,26 @@ def test_a_hub_out_of_reach_is_one_line(site: Site) -> None:
 
 # job files of a plan
 
-WRITE_JOB = """
-import sys
-from pathlib import Path
-from lm_train import sbatch
-from lm_train.clusters import find
-from lm_train.hardware import Machine
-from lm_train.plan import make_plan
-from lm_train.recipe import load
-from lm_train.slurm import Allocation
-
-words = sys.argv[1:]
-recipe = load(words)
-cluster = find(recipe.cluster, Machine(1, ()), None, for_planning=True)
-step = Allocation("0", "0", nodes=cluster.nodes, tasks_per_node=1, node_rank=0, local_task=0, node_name="n1")
-plan = make_plan(recipe, Machine(2, ()), step)
-print(cluster.name, cluster.nodes, cluster.device.name, cluster.site.max_hours)
-sbatch.write(Path("jobs/job.sbatch"), words, recipe, plan, cluster)
+CLUSTER_FILE = """\
+base: cpu_laptop
+site: {{partition: {partition}}}
 """
 
 
-def written_job(site: Site, *words: str) -> Path:
-    """A job file for this cluster, written in the checkout."""
-    command = (sys.executable, "-c", WRITE_JOB, *site.words(*words))
-    done = subprocess.run(command, cwd=site.checkout, env=site.environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("partition ")
-    return site.checkout / "jobs" / "job.sbatch"
+def planned_job(site: Site, *words: str, partition: str = "main") -> tuple[str, ...]:
+    """Words of a tiny run on this cluster, for `lm-train plan` and `submit`."""
+    (site.checkout / "cluster.yaml").write_text(CLUSTER_FILE.format(partition=partition))
+    return (*site.words(*words), "cluster=./cluster.yaml", "sbatch=jobs/job.sbatch")
 
 
-def submit(site: Site, job: Path) -> subprocess.CompletedProcess[str]:
-    return site.run(sys.executable, "-m", "lm_train", "submit", f"job={job}")
+def lm_train(site: Site, *words: str) -> subprocess.CompletedProcess[str]:
+    """In the checkout, as on a login node."""
+    command = (sys.executable, "-m", "lm_train", *words)
+    return subprocess.run(command, cwd=site.checkout, env=site.environment, capture_output=True, text=True)
 
 
 def test_a_planned_job_is_submitted_and_runs_as_planned(site: Site, plain: RunFolder) -> None:
-    file = written_job(site, "cluster.nodes=2", "cluster.partition=main")
-    done = submit(site, file)
+    done = lm_train(site, "submit", *planned_job(site))
     assert done.returncode == 0, done.stderr
     job = done.stdout.splitlines()[-1]
     site.jobs.append(job)
@@ -406,25 +390,47 @@ def test_a_planned_job_is_submitted_and_runs_as_planned(site: Site, plain: RunFo
     assert site.state(job) == "COMPLETED", output
     run = RunFolder(site.checkout / "runs" / f"gpt_debug-{job}")
     assert run.exit_code.read_text() == "0\n"
-    assert "devices       2 x 1 cpu" in output
-    planned, followed = (json.loads(file.read_text()) for file in (Path(f"{file}.plan.json"), run.plan))
-    assert followed == planned
+    planned, followed = (
+        json.loads(file.read_text()) for file in (site.checkout / "jobs/job.sbatch.plan.json", run.plan)
+    )
+    assert planned["threads_per_rank"] == 8, "as many as Slurm believes that the node has"
+    assert followed == {**planned, "threads_per_rank": followed["threads_per_rank"]}
+    assert planned["prediction"]["hours"]["high"] < 1
+    shown = site.call("scontrol", "show", "job", job)
+    assert "Partition=main" in shown
+    assert re.search(r"TimeLimit=00:\d\d:00", shown)
     assert_same_losses(run, plain)
 
 
+def test_the_default_partition_is_planned_for(site: Site) -> None:
+    done = lm_train(site, "plan", *site.words(), "format=json")
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)
+    assert answer["plan"]["cluster"] == "partition main"
+    assert any("unknown GPU without a type in Slurm's gres" in note for note in answer["notes"])
+
+
 def test_a_job_beyond_its_partition_is_refused_before_slurm_has_it(site: Site) -> None:
-    file = written_job(site, "cluster.partition=short")
+    done = lm_train(site, "plan", *planned_job(site, partition="short"))
+    assert done.returncode == 0, done.stderr
+    file = site.checkout / done.stdout.splitlines()[-1]
     asked = file.read_text()
-    assert "#SBATCH --time=01:00:00\n" in asked
-    for change, said in (
-        (("--time=01:00:00", "--time=02:00:00"), "--time: 2.00 h asked, partition short allows 1.00 h"),
-        (("--partition=short", "--partition=shrt"), "no partition shrt; did you mean short? There are main, short"),
-        (("--nodes=1", "--nodes=2"), "partition short has 1 with 2 GPUs, 8 CPUs"),
-        (("--nodes=1", "--nodes=1 --gpus-per-node=3"), "1 node with 3 GPUs, 2 CPUs"),
+    assert "#SBATCH --partition=short\n" in asked
+    for pattern, other, said in (
+        ("--time=.*", "--time=02:00:00", "--time: 2.00 h asked, partition short allows 1.00 h"),
+        ("=short", "=shrt", "no partition shrt; did you mean short? There are main, short"),
+        ("--nodes=1", "--nodes=2", "partition short has 1 with 2 GPUs, 8 CPUs"),
+        ("--nodes=1", "--nodes=1 --gpus-per-node=3", "1 node with 3 GPUs, 8 CPUs"),
+        ("--mem=.*", "--mem=64G", "64.0 GiB each asked, partition short has 1 with 2 GPUs, 8 CPUs, 15.6 GiB"),
     ):
-        file.write_text(asked.replace(*change))
-        done = submit(site, file)
+        file.write_text(re.sub(pattern, other, asked))
+        done = lm_train(site, "submit", "job=jobs/job.sbatch")
         assert (done.returncode, done.stdout) == (2, ""), done.stderr
         (line,) = done.stderr.splitlines()
         assert said in line
     assert site.call("squeue", "--noheader") == ""
+    done = lm_train(site, "plan", *planned_job(site, partition="shrt"))
+    assert done.returncode == 0, "a description may be of another cluster"
+    done = lm_train(site, "plan", *site.words("cluster.partition=shrt"))
+    assert done.returncode == 2
+    assert "Slurm has no partition shrt; did you mean short? There are main, short" in done.stderr

@@ -109,7 +109,11 @@ def _same_device(cluster: Cluster, machine: Machine) -> bool:
 
 
 def _with_limits(cluster: Cluster) -> Cluster:
-    """What this Slurm says of the described partition, if it is one of its own; lm-train submit looks at it again."""
+    """What this Slurm says of the description's partition and its nodes, if it is one of its own.
+
+    Raises:
+        UsageError: if no node of the partition has the described GPUs.
+    """
     name = cluster.site.partition
     if name is None or not slurm_is_here():
         return cluster
@@ -117,11 +121,31 @@ def _with_limits(cluster: Cluster) -> Cluster:
         partition = partitions().get(name)
     except NoSlurmError:
         return cluster
-    if partition is None:
+    if partition is None:  # perhaps another cluster's; lm-train submit looks again
         return cluster
-    limits = {"max_hours": partition.max_hours, "max_nodes": partition.max_nodes}
-    known = {key: value for key, value in limits.items() if value is not None and getattr(cluster.site, key) is None}
-    return cluster.model_copy(update={"site": cluster.site.model_copy(update=known)})
+    gpus = cluster.devices_per_node if cluster.device.accelerator == "gpu" else 0
+    kinds = [kind for kind in partition.kinds if kind.gpus >= gpus and (not gpus or _may_be(kind.gpu_type, cluster))]
+    if partition.kinds and not kinds:
+        has = " or ".join(f"{kind.gpus} x {kind.gpu_type or 'GPU'}" for kind in partition.kinds)
+        raise UsageError(
+            f"cluster.partition: nodes of {name} have {has}, {cluster.name} is {gpus} x {cluster.device.name}; plan with "
+            f"cluster=auto cluster.partition={name}, or take another partition"
+        )
+    limits: dict[str, object] = {"max_hours": partition.max_hours, "max_nodes": partition.max_nodes}
+    limits = {key: value for key, value in limits.items() if value is not None and getattr(cluster.site, key) is None}
+    changes: dict[str, object] = {}
+    if kinds:
+        kind = max(kinds, key=lambda each: partition.kinds[each])
+        if kind.gpu_type and cluster.site.gres == "gpu":
+            limits["gres"] = f"gpu:{kind.gpu_type}"
+        changes = {"cpu_cores_per_node": max(1, kind.cpus), "host_memory_bytes": kind.memory_bytes}
+    return cluster.model_copy(update={**changes, "site": cluster.site.model_copy(update=limits)})
+
+
+def _may_be(gres_type: str, cluster: Cluster) -> bool:
+    """Whether Slurm's word for a GPU can mean the described one; a word that nobody knows can."""
+    device = device_of_slurm(gres_type)
+    return not device.known or device.name == cluster.device.name
 
 
 def _of_partition(partition: Partition, most: int | None) -> Cluster:

@@ -86,12 +86,13 @@ def schedule(recipe: Recipe, target: Target, trace: bool = True, must_fit: bool 
         workers, reasons["data.num_workers"] = 0, WORKERS
     limits = recipe.budget.limits
     steps = _steps_asked(recipe, total, reasons)
+    unknown = [target.cluster.device.warning] if target.cluster.device.warning else []
     forecast = Forecaster.of(recipe, network, target)
     if forecast is None:
         plan = _by_rule(recipe, target, network, total, open_sizes[-1], workers, steps or 1, reasons)
-        return Schedule(plan, notes=network.notes)
+        return Schedule(plan, notes=(*unknown, *network.notes))
     trials, misfits = explore(recipe, target, total, open_sizes, workers, forecast)
-    notes = list(network.notes)
+    notes = [*unknown, *network.notes]
     if not trials:
         notes.append(nothing_fits(recipe, target, total, misfits, steps, forecast))
         if must_fit:
