@@ -6,7 +6,9 @@ from lm_train.plan.facts import DataFacts
 from lm_train.plan.layout import Layout
 from lm_train.plan.plan import padded_vocab_size
 from lm_train.plan.work.decoders import decoder_work
+from lm_train.plan.work.dense import dense_work
 from lm_train.plan.work.ops import WIDTH, Kind, Number, Op, Stage, Work
+from lm_train.plan.work.recurrent import recurrent_work
 from lm_train.plan.work.transformers import bert_work, seq2seq_work
 from lm_train.recipe import AnyModel, Task
 
@@ -33,6 +35,14 @@ def work_of(model: AnyModel, task: Task, facts: DataFacts, layout: Layout) -> Wo
             return bert_work(model, padded_vocab_size(vocab_size), vocab_size, n_classes, facts, layout)
         case "seq2seq" if vocab_size is not None:
             return seq2seq_work(model, padded_vocab_size(vocab_size), vocab_size, facts, layout)
+        case "recurrent" if vocab_size is not None and task == "causal_lm":
+            rows = padded_vocab_size(vocab_size)
+            return recurrent_work(model, rows, vocab_size, None, model.block_size, layout)
+        case "recurrent" if vocab_size is not None and facts.n_outputs is not None and facts.max_length is not None:
+            rows = padded_vocab_size(vocab_size)
+            return recurrent_work(model, rows, vocab_size, facts.n_outputs, facts.max_length, layout)
+        case "mlp" | "cnn" | "resnet" if facts.input_shape is not None and facts.n_outputs is not None:
+            return dense_work(model, facts.input_shape, facts.n_outputs, layout)
     return None
 
 
