@@ -46,8 +46,8 @@ class Peaks:
     backward: int
 
 
-def measured(net: nn.Module, loss: Callable[[nn.Module], Tensor], layout: Layout) -> Peaks:
-    """Of one micro batch; where gradients accumulate, of the second."""
+def measured(net: nn.Module, loss: Callable[[nn.Module], Tensor], layout: Layout, onednn: bool = False) -> Peaks:
+    """Of one micro batch; where gradients accumulate, of the second. oneDNN packs 16-bit matrices into memory of its own."""
 
     def step() -> None:
         with torch.autocast("cpu", torch.bfloat16, cache_enabled=False, enabled=layout.precision == "bf16-mixed"):
@@ -55,7 +55,7 @@ def measured(net: nn.Module, loss: Callable[[nn.Module], Tensor], layout: Layout
         with torch.profiler.record_function("BACKWARD"):
             value.backward()
 
-    with torch.backends.mkldnn.flags(enabled=False):  # oneDNN packs 16-bit matrices into memory of its own
+    with torch.backends.mkldnn.flags(enabled=onednn):
         if layout.accumulate_grad_batches > 1:
             step()
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
