@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lm_train import models
 from lm_train.plan import DataFacts, Layout, known_facts, parameter_shapes, traced, with_assumptions
-from lm_train.plan.traced import TracedWork, Untraceable, trace_of, traced_work
+from lm_train.plan.traced import TracedWork, Untraceable, traced_work, traces_of
 from lm_train.plan.work import Op, Work
 from lm_train.recipe import Recipe, load, shipped_recipes, task_of
 from lm_train.trace import reason_of, trace
@@ -91,6 +91,19 @@ def allocated_peak(module: L.LightningModule, layout: Layout, batch: dict) -> in
     return peak
 
 
+def added_peak(passes: Passes) -> int:
+    """Most bytes of the second micro batch's backward pass beside the first one's gradients."""
+    alive = peak = 0
+    for event in passes.recording.events:
+        if event.storage in passes.given or event.storage in passes.gradients or event.phase == "evaluation":
+            continue
+        size = passes.recording.storages[event.storage].size
+        alive += {"birth": size, "death": -size, "arrival": 0}[event.what]
+        if event.micro == 1 and event.phase == "backward":
+            peak = max(peak, alive)
+    return peak
+
+
 def recorded_peak(passes: Passes) -> int:
     """The same by a recording, gradients included."""
     alive = peak = 0
@@ -98,7 +111,7 @@ def recorded_peak(passes: Passes) -> int:
         if event.storage in passes.given or event.phase == "evaluation":
             continue
         size = passes.recording.storages[event.storage].size
-        alive += size if event.born else -size
+        alive += {"birth": size, "death": -size, "arrival": 0}[event.what]
         peak = max(peak, alive)
     return peak
 
@@ -117,7 +130,7 @@ def test_no_values_and_values_take_the_same_memory(case: str, monkeypatch: pytes
     monkeypatch.setenv("LM_TRAIN_PLUGINS", "tests")
     recipe, layout = load(words), dataclasses.replace(PLAIN, **options)
     net, module, batch, evaluation = real_parts(recipe, layout)
-    real = run_passes(net, module, layout, batch, evaluation)
+    real = run_passes(net, module, layout, batch, evaluation, micro_batches=2)
     widths = {256, 320}  # of logits, with and without padding
     counted = summarise(net, (4, 4), (real, real), widths)
     found = trace(recipe, facts_of(recipe), layout, (2, 4))
@@ -133,6 +146,8 @@ def test_no_values_and_values_take_the_same_memory(case: str, monkeypatch: pytes
         assert one.forward_peak == pytest.approx(other.forward_peak, rel=near)
         assert one.backward_peak == pytest.approx(other.backward_peak, rel=near)
         assert one.backward_peak_with_gradients == pytest.approx(other.backward_peak_with_gradients, rel=near)
+    adds = found.work(dataclasses.replace(layout, accumulate_grad_batches=2))
+    assert max(stage.backward_peak for stage in adds.stages) == pytest.approx(added_peak(real), rel=near, abs=16)
     batch = {k: v.to(lowered(layout)) if k == "inputs" and lowered(layout) else v for k, v in batch.items()}
     # bf16 products and convolutions have scratch memory inside their kernels, a few hundred kB here
     scratch = 0 if layout.precision == "32-true" and case != "cnn" else 400_000
@@ -152,11 +167,15 @@ def test_other_sizes_follow_from_two(size: int) -> None:
 def test_one_sample_is_traced_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(traced, "_ask", lambda r, f, layout, sizes, t: asked.append(sizes) or Untraceable("no"))
+    monkeypatch.setattr(
+        traced, "_ask", lambda r, f, cases, t: asked.extend(cases) or [Untraceable("no") for _ in cases]
+    )
     recipe = load(["recipe=gpt_debug"])
-    for size in (1, 2, 8):
-        trace_of(recipe, facts_of(recipe), dataclasses.replace(PLAIN, micro_batch_size=size))
-    assert asked == [(1, 1), (2, 4), (2, 4)]
+    layouts = [dataclasses.replace(PLAIN, micro_batch_size=size) for size in (1, 2, 8)]
+    layouts += [dataclasses.replace(layout, devices=4, strategy="fsdp", num_workers=2) for layout in layouts]
+    found = traces_of(recipe, facts_of(recipe), layouts)
+    assert [sizes for _, sizes in asked] == [(1, 1), (2, 4)]
+    assert found == [Untraceable("no")] * 6
 
 
 def test_flops_are_those_of_torch_and_of_attention() -> None:

@@ -5,6 +5,7 @@ For networks that no formula knows (transformers' and the user's own), and besid
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.util
@@ -13,6 +14,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -45,8 +47,9 @@ class Request(_Frozen):
     recipe: str
     """A file."""
     facts: DataFacts
-    layout: Layout
-    sizes: tuple[int, int]
+    layouts: tuple[Layout, ...]
+    sizes: tuple[tuple[int, int], ...]
+    """Of each layout."""
 
 
 class Line(_Frozen):
@@ -179,66 +182,96 @@ def trace_of(
     recipe: Recipe, facts: DataFacts, layout: Layout, timeout_s: float = TIMEOUT_S
 ) -> TracedWork | Untraceable:
     """The trace for every size of a micro batch, from the cache where it is known; arguments as in `traced_work`."""
+    return traces_of(recipe, facts, [layout], timeout_s)[0]
+
+
+def traces_of(
+    recipe: Recipe, facts: DataFacts, layouts: Sequence[Layout], timeout_s: float = TIMEOUT_S
+) -> list[TracedWork | Untraceable]:
+    """Of several layouts at once: what is not known yet is traced by one process, where starting it takes most of the time.
+
+    Layouts that differ only in what a trace does not depend on (ranks, strategies that compute alike, micro batches from 2 on)
+    share one trace.
+    """
     try:
         plugins.allow(recipe.plugins)
         plugins.check(recipe)
     except UsageError as error:
-        return Untraceable(str(error))
-    size = layout.micro_batch_size
-    sizes = (size, size) if size == 1 else SIZES
-    layout = _decisive(layout)
-    file = _cache_folder() / f"{_key(recipe, facts, layout, sizes)}.json"
-    try:
-        return TracedWork.model_validate_json(file.read_text(encoding="utf-8"))
-    except (OSError, ValidationError):
-        pass
-    answer = _ask(recipe, facts, layout, sizes, timeout_s)
-    if isinstance(answer, TracedWork):
-        _keep(file, answer)
-    return answer
+        return [Untraceable(str(error)) for _ in layouts]
+    context = _context(recipe, facts)
+    wanted = [(_decisive(recipe, layout), (1, 1) if layout.micro_batch_size == 1 else SIZES) for layout in layouts]
+    files = {case: _file(context, *case) for case in wanted}
+    known: dict[_Case, TracedWork | Untraceable] = {}
+    for case, file in files.items():
+        with contextlib.suppress(OSError, ValidationError):
+            known[case] = TracedWork.model_validate_json(file.read_text(encoding="utf-8"))
+    missing = [case for case in files if case not in known]
+    if missing:
+        for case, answer in zip(missing, _ask(recipe, facts, missing, timeout_s), strict=True):
+            known[case] = answer
+            if isinstance(answer, TracedWork):
+                _keep(files[case], answer)
+    return [known[case] for case in wanted]
 
 
-def _ask(
-    recipe: Recipe, facts: DataFacts, layout: Layout, sizes: tuple[int, int], timeout_s: float
-) -> TracedWork | Untraceable:
+_Case = tuple[Layout, tuple[int, int]]
+
+
+def _ask(recipe: Recipe, facts: DataFacts, cases: Sequence[_Case], timeout_s: float) -> list[TracedWork | Untraceable]:
+    """One answer for each case."""
+    layouts, sizes = zip(*cases, strict=True)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "recipe.yaml"
         file.write_text(dump(recipe), encoding="utf-8")
-        request = Request(recipe=str(file), facts=facts, layout=layout, sizes=sizes)
+        request = Request(recipe=str(file), facts=facts, layouts=layouts, sizes=sizes)
         try:
             done = subprocess.run(
                 [sys.executable, "-m", "lm_train.trace"],
-                input=request.model_dump_json(),
+                input=request.model_dump_json().encode(),
                 capture_output=True,
-                text=True,
                 timeout=timeout_s,
                 env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
             )
-        except subprocess.TimeoutExpired:
-            return Untraceable(f"the network took more than {timeout_s:.0f} s to run without values")
-    if done.returncode or not done.stdout.strip():
-        last = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), "no message")
-        return Untraceable(f"the tracing process ended with code {done.returncode}: {last.strip()[:300]}")
-    answer = json.loads(done.stdout)
-    if "reason" in answer:
-        return Untraceable(answer["reason"])
-    return TracedWork.model_validate(answer)
+        except subprocess.TimeoutExpired as late:
+            output, why = late.stdout or b"", f"the network took more than {timeout_s:.0f} s to run without values"
+        else:
+            said = [line for line in done.stderr.decode(errors="replace").splitlines() if line.strip()] or [
+                "no message"
+            ]
+            output, why = (
+                done.stdout,
+                f"the tracing process ended with code {done.returncode}: {said[-1].strip()[:300]}",
+            )
+    answers = [_answer(line) for line in output.decode().splitlines(keepends=True) if line.endswith("\n")]
+    return answers + [Untraceable(why)] * (len(cases) - len(answers))
 
 
-def _decisive(layout: Layout) -> Layout:
+def _answer(line: str) -> TracedWork | Untraceable:
+    answer = json.loads(line)
+    return Untraceable(answer["reason"]) if "reason" in answer else TracedWork.model_validate(answer)
+
+
+def _decisive(recipe: Recipe, layout: Layout) -> Layout:
     """The layout with everything that a trace does not depend on brought to one value."""
-    cast = layout.precision.endswith("-mixed") and layout.strategy not in ("single", "ddp")
-    strategy = layout.strategy if cast else "single"
+    casts = layout.precision.endswith("-mixed") and layout.strategy not in ("single", "ddp")
+    recomputed, chunks = layout.activation_checkpointing, layout.cross_entropy_chunks
+    if recipe.model.kind == "hf":
+        recomputed, chunks = "full" if recomputed == "full" else "none", 1
+    elif recipe.model.kind in ("custom", "mlp", "cnn", "resnet"):
+        recomputed, chunks = "none", 1
     return dataclasses.replace(
         layout,
         nodes=1,
         devices=1,
-        strategy="zero3" if strategy.startswith("zero") else strategy,
+        strategy="zero3" if casts else "single",
         micro_batch_size=1,
         accumulate_grad_batches=1,
+        activation_checkpointing=recomputed,
+        cross_entropy_chunks=chunks,
         num_workers=0,
         compile=False,
         threads_per_rank=1,
+        accelerator="cpu",
     )
 
 
@@ -250,18 +283,21 @@ def _cache_folder() -> Path:
     return Path(base).expanduser() / "lm_train" / "traces"
 
 
-def _key(recipe: Recipe, facts: DataFacts, layout: Layout, sizes: tuple[int, int]) -> str:
-    """Of everything that decides a trace: the recipe's network and data, versions, and code that may change under them."""
+def _context(recipe: Recipe, facts: DataFacts) -> str:
+    """A key of what decides a trace besides the layout: network and data, versions, and code that may change under them."""
     parts = {
         "model": recipe.model.model_dump(mode="json"),
         "data": recipe.data.model_dump(mode="json", exclude={"global_batch_size", "micro_batch_size", "num_workers"}),
         "facts": dataclasses.asdict(facts),
-        "layout": dataclasses.asdict(layout),
-        "sizes": sizes,
         "versions": {name: _version(name) for name in _PACKAGES},
         "code": [_digest(folder) for folder in _sources(recipe)],
     }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    return json.dumps(parts, sort_keys=True)
+
+
+def _file(context: str, layout: Layout, sizes: tuple[int, int]) -> Path:
+    case = json.dumps([dataclasses.asdict(layout), sizes])
+    return _cache_folder() / f"{hashlib.sha256((context + case).encode()).hexdigest()}.json"
 
 
 def _version(package: str) -> str:

@@ -1,4 +1,4 @@
-"""`python -m lm_train.trace`: a request as JSON on standard input, the work as JSON on standard output.
+"""`python -m lm_train.trace`: a request as JSON on standard input, one line of JSON for each layout on standard output.
 
 A process of its own, since torch must not come into the planner's, and since a fake kernel may end the process it runs in.
 """
@@ -22,11 +22,12 @@ def main() -> None:
     warnings.simplefilter("ignore")
     request = Request.model_validate_json(sys.stdin.read())
     recipe = load([f"recipe={Path(request.recipe).resolve()}"])
-    try:
-        answer = trace(recipe, request.facts, request.layout, request.sizes).model_dump_json()
-    except Exception as error:
-        answer = json.dumps({"reason": reason_of(error)})
-    print(answer, file=answers, flush=True)
+    for layout, sizes in zip(request.layouts, request.sizes, strict=True):
+        try:
+            answer = trace(recipe, request.facts, layout, sizes).model_dump_json()
+        except Exception as error:
+            answer = json.dumps({"reason": reason_of(error)})
+        print(answer, file=answers, flush=True)
 
 
 if __name__ == "__main__":

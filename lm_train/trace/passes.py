@@ -1,4 +1,4 @@
-"""Two micro batches forward and backward, and one validated: what was recorded of them."""
+"""A micro batch forward and backward, and one validated: what was recorded of them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Passes:
 
 
 def run_passes(
-    net: nn.Module, module: TrainingModule, layout: Layout, batch: Batch, evaluation: Batch, whole: bool = True
+    net: nn.Module, module: TrainingModule, layout: Layout, batch: Batch, evaluation: Batch, micro_batches: int = 1
 ) -> Passes:
     """Runs the module's own steps, on fake or on real tensors.
 
@@ -43,7 +43,7 @@ def run_passes(
         layout: precision and strategy.
         batch: of the training.
         evaluation: of a validation.
-        whole: with a second micro batch and a validation; else the first one alone.
+        micro_batches: of the training, one after the other; the summary reads the first.
     """
     low = lowered(layout) if layout.strategy != "fsdp" or layout.precision == "bf16-true" else None
     batch, evaluation = _cast(batch, low), _cast(evaluation, low)
@@ -54,7 +54,7 @@ def run_passes(
     gradients: set[int] = set()
     with _without_collection(), recorder.hooks(), recorder:
         module.train()
-        for micro in range(2 if whole else 1):
+        for micro in range(micro_batches):
             recorder.start(micro, "forward")
             with autocast(layout):
                 loss: Tensor = module.training_step(batch, micro)
@@ -62,11 +62,10 @@ def run_passes(
             loss.backward()
             del loss
             gradients |= recorder.numbers_of(p.grad for p in net.parameters() if p.grad is not None)
-        if whole:
-            recorder.start(0, "evaluation")
-            module.eval()
-            with torch.no_grad(), autocast(layout):
-                _evaluate(module, evaluation)
+        recorder.start(0, "evaluation")
+        module.eval()
+        with torch.no_grad(), autocast(layout):
+            _evaluate(module, evaluation)
     return Passes(recorder.recording, frozenset(given), frozenset(gradients), bytes_of(batch))
 
 

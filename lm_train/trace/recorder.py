@@ -23,6 +23,8 @@ from lm_train.trace.corrections import corrected
 from lm_train.trace.operations import IGNORED_OPS, describe
 
 Phase = Literal["forward", "backward", "evaluation"]
+_ACCUMULATES = 2**64 - 1
+"""Number of every autograd node that adds to a parameter's gradient."""
 
 
 @dataclass(slots=True)
@@ -33,16 +35,16 @@ class Storage:
     """Bytes."""
     width: int
     """Last dimension of the tensor that it was made for: the vocabulary, of logits."""
-    cause: str
-    """Name of the operation."""
+    is_copy: bool
+    """Made by autograd for a gradient that it cannot take as it is."""
 
 
 @dataclass(slots=True)
 class Event:
-    """A birth, or with negative bytes a death."""
+    """A birth, a death, or the moment in which a storage is a parameter's gradient."""
 
     storage: int
-    born: bool
+    what: Literal["birth", "death", "arrival"]
     micro: int
     phase: Phase
     segment: int
@@ -98,6 +100,7 @@ class Recorder(TorchDispatchMode):
         self._nodes: list[int] = []
         self._places: list[tuple[int, str]] = []
         self._place = (0, "")
+        self._accumulates = False
 
     phase: Phase
 
@@ -113,12 +116,12 @@ class Recorder(TorchDispatchMode):
 
     def known(self, tensors: Iterable[Tensor]) -> set[int]:
         """Makes storages known that are there already; their numbers."""
-        return {self._number(tensor, "given") for tensor in tensors}
+        return {self._number(tensor) for tensor in tensors}
 
     def numbers_of(self, tensors: Iterable[Tensor]) -> set[int]:
         """The numbers of storages that are alive."""
-        found = {tensor.untyped_storage()._cdata for tensor in tensors}
-        return {number for key, (number, _) in self._alive.items() if key in found}
+        keys = {tensor.untyped_storage()._cdata for tensor in tensors}
+        return {self._alive[key][0] for key in keys if key in self._alive}
 
     @contextmanager
     def hooks(self) -> Iterator[None]:
@@ -158,6 +161,9 @@ class Recorder(TorchDispatchMode):
     def _completes(self, name: str) -> Callable[[Tensor], None]:
         def complete(parameter: Tensor) -> None:
             self.recording.completed[name] = self._place[0]
+            if parameter.grad is not None:
+                for number in self.numbers_of([parameter.grad]):
+                    self._event(number, "arrival")
 
         return complete
 
@@ -173,7 +179,7 @@ class Recorder(TorchDispatchMode):
         before = len(self.recording.storages)
         tensors = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
         for tensor in tensors:
-            self._number(tensor, cause)
+            self._number(tensor)
         if len(self.recording.storages) > before or func._schema.is_mutable:
             found = describe(func, args, kwargs, out, tensors)
             kind, flops, moved, shape, number = found
@@ -187,6 +193,7 @@ class Recorder(TorchDispatchMode):
         if self.phase == "backward":
             node = torch._C._current_autograd_node()
             number = -1 if node is None else node._sequence_nr()
+            self._accumulates = number == _ACCUMULATES
             at = bisect_right(self._nodes, number)
             if number >= 0 and at < len(self._places):
                 self._place = self._places[at]
@@ -199,22 +206,24 @@ class Recorder(TorchDispatchMode):
             self._nodes.append(following)  # a node below `following` was made by the first operation that says so
             self._places.append(self._place)
 
-    def _number(self, tensor: Tensor, cause: str) -> int:
+    def _number(self, tensor: Tensor) -> int:
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._alive:
             return self._alive[key][0]
         number = len(self.recording.storages)
-        self.recording.storages.append(Storage(storage.nbytes(), tensor.shape[-1] if tensor.dim() else 1, cause))
-        self._event(number, born=True)
+        self.recording.storages.append(
+            Storage(storage.nbytes(), tensor.shape[-1] if tensor.dim() else 1, self._accumulates)
+        )
+        self._event(number, "birth")
 
         def dies(_: Any) -> None:
             if self._alive.get(key, (None,))[0] == number:
                 del self._alive[key]
-            self._event(number, born=False)
+            self._event(number, "death")
 
         self._alive[key] = number, weakref.ref(storage, dies)
         return number
 
-    def _event(self, number: int, born: bool) -> None:
-        self.recording.events.append(Event(number, born, self.micro, self.phase, self._place[0]))
+    def _event(self, number: int, what: Literal["birth", "death", "arrival"]) -> None:
+        self.recording.events.append(Event(number, what, self.micro, self.phase, self._place[0]))

@@ -25,9 +25,11 @@ class Moment(NamedTuple):
     logits: float
     """Of them."""
     with_gradients: float
+    accumulating: float
+    """With those gradients that have not arrived: on arrival they are added to earlier ones, and are gone."""
 
 
-_NOTHING = Moment(0, 0, 0)
+_NOTHING = Moment(0, 0, 0, 0)
 
 
 def summarise(
@@ -68,8 +70,12 @@ def summarise(
                 before=_line(sizes, *(some[0].alive for some in of(0, "forward", i))),
                 forward=envelope(sizes, *of(0, "forward", i)),
                 backward=envelope(sizes, *of(0, "backward", i)),
-                with_gradients=envelope(sizes, *map(_all_of, of(0, "backward", i))),
-                accumulating=envelope(sizes, *of(1, "backward", i)),
+                with_gradients=envelope(
+                    sizes, *([_counted(m.with_gradients) for m in s] for s in of(0, "backward", i))
+                ),
+                accumulating=envelope(
+                    sizes, *([_counted(m.accumulating, m.logits) for m in s] for s in of(0, "backward", i))
+                ),
             )
             for i, name in enumerate(names)
         ),
@@ -105,31 +111,39 @@ def _moments(
     head, storages = n_stages - 1, run.recording.storages
     logits: set[int] = set()
     found: dict[tuple[int, Phase, int], list[Moment]] = {}
-    alive = of_logits = of_gradients = 0
+    waiting: set[int] = set()
+    alive = of_logits = of_gradients = of_waiting = 0
     for event in run.recording.events:
-        number, size = event.storage, storages[event.storage].size * (1 if event.born else -1)
+        number, size = event.storage, storages[event.storage].size
         if number in run.given:
             continue
         stage = stage_of[min(event.segment, len(stage_of) - 1)]
 
         def moment() -> Moment:
-            return Moment(alive, of_logits, alive + of_gradients)  # noqa: B023
+            return Moment(alive, of_logits, alive + of_gradients, alive + of_waiting)  # noqa: B023
 
         some = found.setdefault((event.micro, event.phase, stage), [moment()])
+        sign = {"birth": 1, "death": -1, "arrival": 0}[event.what]
         if number in run.gradients:
-            of_gradients += size
+            of_gradients += sign * size
+            if event.what == "birth" and not storages[number].is_copy:
+                waiting.add(number)
+                of_waiting += size
+            elif number in waiting:
+                waiting.remove(number)
+                of_waiting -= size
         else:
-            if event.born and stage == head and storages[number].width in logit_widths:
+            if event.what == "birth" and stage == head and storages[number].width in logit_widths:
                 logits.add(number)
-            alive += size
-            of_logits += size if number in logits else 0
+            alive += sign * size
+            of_logits += sign * size if number in logits else 0
         some.append(moment())
     return found
 
 
-def _all_of(moments: list[Moment]) -> list[Moment]:
-    """With the gradients in the place of what is alive."""
-    return [Moment(moment.with_gradients, 0, 0) for moment in moments]
+def _counted(size: float, logits: float = 0) -> Moment:
+    """A moment of which only this counts."""
+    return Moment(size, logits, size, size)
 
 
 def envelope(sizes: tuple[int, int], one: list[Moment], two: list[Moment]) -> tuple[Line, ...]:
