@@ -8,10 +8,12 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 from lm_train import plugins, runs
 from lm_train.attempt import WRONG_S, Attempt, NotJoined, join, publish
+from lm_train.budget import Account, Spending, check_terms, held_since
 from lm_train.errors import ExitCode, LMTrainError, OutputError, UsageError
 from lm_train.hardware import Machine, this_machine
 from lm_train.plan import Plan, places, plan_for, plan_table
@@ -37,24 +39,26 @@ def train(recipe: Recipe, series: str | None = None) -> int:
     Raises:
         LMTrainError: if it cannot be started.
     """
-    machine, allocation = this_machine(), current_allocation()
+    allocation = current_allocation()
+    since = held_since(allocation)
+    machine = this_machine()
     plugins.allow(recipe.plugins)  # the ranks have it from the environment
     if allocation is None or allocation.is_primary:
-        return _lead(recipe, machine, allocation, series)
+        return _lead(recipe, machine, allocation, since, series)
     return _follow(recipe, machine, allocation)
 
 
-def _lead(recipe: Recipe, machine: Machine, allocation: Allocation | None, series: str | None) -> int:
+def _lead(recipe: Recipe, machine: Machine, allocation: Allocation | None, since: float, series: str | None) -> int:
     """The primary's part: everything that is done once."""
     try:
         plugins.check(recipe)
         plan = plan_for(recipe, machine, allocation)
         earlier = runs.existing(recipe, allocation)
-        if earlier is not None and recipe.resume == "auto" and runs.is_finished(recipe, earlier):
-            say(
-                f"{earlier.root} is finished already; give another name= to train anew, or a larger trainer.max_steps to go "
-                "on"
-            )
+        account = Account([]) if earlier is None else Account.read(earlier)
+        check_terms(recipe, plan, account)
+        nothing_to_do = None if earlier is None else _nothing_to_do(recipe, plan, earlier, account, series)
+        if earlier is not None and nothing_to_do is not None:
+            say(nothing_to_do)
             _tell_others(recipe, allocation, ExitCode.DONE)
             _note_folder(earlier)
             print(earlier.root)
@@ -73,7 +77,8 @@ def _lead(recipe: Recipe, machine: Machine, allocation: Allocation | None, serie
                 say(f"lm-train: warning: {warning}")
             say(f"run folder {folder.root}\nplan\n{plan_table(plan)}")
             attempt = publish(folder, allocation, checkpoint)
-            code = _supervise(recipe, folder, plan, machine, allocation, attempt, checkpoint, series)
+            spending = Spending.begin(folder, plan, since)
+            code = _supervise(recipe, folder, plan, machine, allocation, attempt, checkpoint, spending, series)
             if code == ExitCode.BAD_CHECKPOINT:  # the ranks found that the run cannot go on as this recipe says
                 runs.put_back(before)
     except LMTrainError as error:
@@ -126,14 +131,16 @@ def _supervise(
     allocation: Allocation | None,
     attempt: Attempt,
     checkpoint: Path | None,
+    spending: Spending | None = None,
     series: str | None = None,
 ) -> int:
-    """Runs the ranks of this task and writes the outcome; success is the primary's to tell."""
+    """Runs the ranks of this task and writes the outcome; success is the primary's to tell, and what was used to count."""
     primary = allocation is None or allocation.is_primary
     node_name = socket.gethostname() if allocation is None else allocation.node_name
-    supervisor = Supervisor(folder, plan, places(plan, machine, allocation), node_name)
-    with signals_forwarded(supervisor):
+    supervisor = Supervisor(folder, plan, places(plan, machine, allocation), node_name, spending)
+    with signals_forwarded(supervisor), _counted(supervisor) as counted:
         code, failure = supervisor.run(attempt, checkpoint)
+        counted.append(code)
         if not primary and failure is None and code in (ExitCode.REQUEUE, ExitCode.INTERRUPTED):
             # with --kill-on-bad-exit this task's end is the end of all, and rank 0 may still be sending to W&B
             within(FINISH_S, folder.exit_code.exists)
@@ -148,7 +155,52 @@ def _supervise(
     if primary and code in (ExitCode.REQUEUE, ExitCode.INTERRUPTED) and supervisor.stopping:
         saved = "stopped without saving" if supervisor.at_once else "stopped"
         say(f"{saved}; go on with the same command and name={series or folder.name}")
+    account = Account.read(folder)
+    if spending is not None and code == ExitCode.DONE and account.stopped_by_budget:
+        say(f"the budget is used up: {_how_to_go_on(recipe, folder, plan, account, series)}")
     return code
+
+
+@contextlib.contextmanager
+def _counted(supervisor: Supervisor) -> Iterator[list[int]]:
+    """Writes the end of what this supervisor counts, however it comes, with the exit code that is put into the list."""
+    codes: list[int] = []
+    try:
+        yield codes
+    finally:
+        spending = supervisor.spending
+        if spending is not None:
+            with contextlib.suppress(OutputError):
+                if supervisor.at_limit:
+                    spending.note("stopped", forced=True)
+                spending.finish(codes[0] if codes else None)
+
+
+def _nothing_to_do(recipe: Recipe, plan: Plan, folder: RunFolder, account: Account, series: str | None) -> str | None:
+    """Why a run is not started again, or None."""
+    if recipe.resume == "auto" and runs.is_finished(recipe, folder) and not account.stopped_by_budget:
+        return f"{folder.root} is finished already; give another name= to train anew, or a larger trainer.max_steps to go on"
+    if account.is_spent(plan):
+        return f"{folder.root}: the budget is spent: {_how_to_go_on(recipe, folder, plan, account, series)}"
+    return None
+
+
+def _how_to_go_on(recipe: Recipe, folder: RunFolder, plan: Plan, account: Account, series: str | None) -> str:
+    """What a run has used that its budget has ended, where it stands, and with what it goes on."""
+    last = account.last
+    stopped = {} if last is None or last.stopped is None else last.stopped
+    max_steps = None if recipe.trainer.max_steps == "auto" else stopped.get("max_steps", plan.max_steps)
+    try:
+        saved = runs.latest_checkpoint(folder)
+    except LMTrainError:
+        saved = None
+    step = None if saved is None else saved.name.removeprefix("step-")
+    where = (
+        "before its first checkpoint" if step is None else f"at step {step}" + (f" of {max_steps}" if max_steps else "")
+    )
+    how = f", saved {where}" if not stopped.get("forced") else f", ended by force; saved {where}"
+    enough = account.enough_for(plan, max_steps)
+    return f"{account.told(plan)} used{how}; to go on, the same command with name={series or folder.name} {enough}"
 
 
 def _checkpoint(recipe: Recipe, plan: Plan, earlier: RunFolder | None) -> tuple[Path | None, int]:
@@ -159,7 +211,9 @@ def _checkpoint(recipe: Recipe, plan: Plan, earlier: RunFolder | None) -> tuple[
     """
     checkpoint = runs.checkpoint_to_resume(recipe, earlier)
     step = runs.check_resumable(checkpoint, recipe, plan) if checkpoint is not None else 0
-    if step > plan.max_steps:
+    trainer = recipe.trainer
+    is_estimate = trainer.max_epochs is not None or (trainer.max_steps == "auto" and trainer.max_tokens is None)
+    if step > plan.max_steps and not is_estimate:
         raise UsageError(
             f"trainer.max_steps: {checkpoint} is at step {step} already, trainer.max_steps={plan.max_steps} lies before it; "
             f"give a larger one, or start a new run with another name="

@@ -17,6 +17,7 @@ import lightning.pytorch as L
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 
 from lm_train.errors import ExitCode
+from lm_train.horizon import Horizon
 
 
 class _NoSignals(_SignalConnector):
@@ -34,22 +35,29 @@ class StepTrainer(L.Trainer):
     """A Trainer whose run is a number of optimizer steps, from any step on.
 
     Args:
+        horizon: the last step.
         validate_every: optimizer steps between two validations; None validates at the last step only.
         accumulate: micro batches of an optimizer step.
         **options: Lightning's own.
     """
 
     stop_code: ExitCode | None = None
-    """Why the run was told to stop before its last step, once all ranks agree."""
+    """What the run ends with where it was told to stop before its last step, once all ranks agree; DONE: by its budget."""
+    save_is_due = False
+    """All ranks agree to save at the next boundary, whatever the step's number."""
+    only_final_save = False
+    """All ranks agree that the budget has room for no save by number before the final one."""
 
-    def __init__(self, *, validate_every: int | None, accumulate: int, **options: Any) -> None:
+    def __init__(self, *, horizon: Horizon, validate_every: int | None, accumulate: int, **options: Any) -> None:
         super().__init__(
             accumulate_grad_batches=accumulate,
             max_epochs=-1,
             num_sanity_val_steps=0,
             val_check_interval=None,
+            max_steps=horizon.max_steps,
             **options,
         )
+        self.horizon = horizon
         self.validate_every = validate_every
         epoch_loop = self.fit_loop.epoch_loop
         for owner, name in (
@@ -64,6 +72,10 @@ class StepTrainer(L.Trainer):
         epoch_loop._broadcast_sigterm_tensor = lambda: None
         self.precision_plugin.convert_input = lambda batch: batch
         epoch_loop._should_check_val_fx = lambda data_fetcher: self.validation_is_due
+
+    def follow_horizon(self) -> None:
+        """After the horizon has moved: the loop ends there."""
+        self.fit_loop.epoch_loop.max_steps = self.horizon.max_steps
 
     def start_at(self, step: int) -> None:
         """Counts on from optimizer step `step`, as if this process had done the steps before."""

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from lm_train import signals
 from lm_train.attempt import Attempt
+from lm_train.budget import Spending
 from lm_train.errors import ExitCode
 from lm_train.plan import Place, Plan
 from lm_train.runs import RunFolder, write_atomically
@@ -60,14 +61,24 @@ class Supervisor:
         plan: of all ranks.
         places: the ranks of this supervisor.
         node_name: for messages.
+        spending: of this start, where this supervisor counts it; when it is over, the ranks are ended by force.
     """
 
-    def __init__(self, folder: RunFolder, plan: Plan, places: Sequence[Place], node_name: str) -> None:
-        self.folder, self.plan, self.places, self.node_name = folder, plan, places, node_name
+    def __init__(
+        self,
+        folder: RunFolder,
+        plan: Plan,
+        places: Sequence[Place],
+        node_name: str,
+        spending: Spending | None = None,
+    ) -> None:
+        self.folder, self.plan, self.places, self.node_name, self.spending = folder, plan, places, node_name, spending
         self.alone = len(places) == plan.world_size
         self.ranks: list[subprocess.Popen[bytes]] = []
         self.stopping: signal.Signals | None = None
         self.at_once = False
+        self.at_limit = False
+        """The budget was used up before the ranks had ended."""
 
     def run(self, attempt: Attempt, checkpoint: Path | None) -> tuple[int, Report | None]:
         """Runs the ranks to their end.
@@ -86,6 +97,8 @@ class Supervisor:
             self._kill()
         if self.at_once:
             return self._stopped(_code_of(signal.SIGINT)), None
+        if self.at_limit:
+            return self._stopped(ExitCode.DONE), None
         outside = [rank.returncode for rank in self.ranks if _stopped_outside(rank.returncode)]
         if outside:
             return self._stopped(max(map(_meaning, outside))), None
@@ -104,7 +117,7 @@ class Supervisor:
         """Starts one rank in a process group of its own, so that a terminal's Ctrl-C reaches the supervisor alone."""
         environment = {
             **os.environ,
-            "LM_TRAIN_STARTED": str(time.time()),
+            **(self.spending.variable if self.spending is not None else {}),
             "LM_TRAIN_ATTEMPT": str(attempt.folder.resolve()),
             "RANK": str(place.rank),
             "LOCAL_RANK": str(place.local_rank),
@@ -141,6 +154,11 @@ class Supervisor:
         together = (None, *_GOOD)
         while any(rank.poll() is None for rank in self.ranks) and not self.at_once:
             now = time.monotonic()
+            if self.spending is not None:
+                self.spending.tick()
+                if self.spending.is_over:
+                    self.at_limit = True
+                    return None
             if deadline == float("inf"):
                 bad = any(rank.returncode not in together for rank in self.ranks)
                 if not bad and not self.alone and now > look:

@@ -16,11 +16,22 @@ from lightning.pytorch.callbacks import EarlyStopping
 from torch import nn
 
 from lm_train import data, models, modules, runs
-from lm_train.callbacks import Checkpoints, DebugChecks, Evaluation, Metrics, Progress, Sample, StopAgreement
+from lm_train.budget import Spending, rank_spending
+from lm_train.callbacks import (
+    BudgetGuard,
+    Checkpoints,
+    DebugChecks,
+    Evaluation,
+    Metrics,
+    Progress,
+    Sample,
+    StopAgreement,
+)
 from lm_train.callbacks.checkpoints import MONITOR, restore_state
 from lm_train.callbacks.debugging import overfit_one_batch
 from lm_train.checkpoint import CheckpointReader, set_initial_weights, views_of
 from lm_train.data import DataModule, MaskedTextDataModule, PairDataModule, TextDataModule
+from lm_train.ending import closing_batches, find_horizon
 from lm_train.errors import CheckpointError, ExitCode
 from lm_train.generate import sample_guesses, sample_pairs, sample_text
 from lm_train.loop import StepTrainer
@@ -57,6 +68,19 @@ def train(folder: RunFolder, resume_from: Path | None = None, callbacks: Sequenc
     """
     recipe, plan = load([f"recipe={folder.recipe.resolve()}"]), Plan.read(folder.plan)
     rank = int(os.environ.get("RANK", 0))
+    with rank_spending(folder, plan, rank) as spending:
+        return _train(recipe, plan, folder, rank, spending, resume_from, callbacks)
+
+
+def _train(
+    recipe: Recipe,
+    plan: Plan,
+    folder: RunFolder,
+    rank: int,
+    spending: Spending | None,
+    resume_from: Path | None,
+    callbacks: Sequence[L.Callback],
+) -> ExitCode:
     _quieten(plan)
     meet(plan)
     checkpoint = CheckpointReader(resume_from) if resume_from else None
@@ -66,22 +90,25 @@ def train(folder: RunFolder, resume_from: Path | None = None, callbacks: Sequenc
     if checkpoint is not None:
         _check_data(checkpoint, datamodule.fingerprint)
     datamodule.leave(folder)
-    done_before = checkpoint is not None and checkpoint.state["step"] >= plan.max_steps
+    horizon = find_horizon(recipe, plan, datamodule, checkpoint, folder)
+    datamodule.horizon = horizon
+    done_before = checkpoint is not None and checkpoint.state["step"] >= horizon.max_steps
     torch.manual_seed(recipe.seed)
     net = models.build(recipe.model, plan, datamodule.facts, initialise=not shards_at_build(plan))
     build_whole = partial(models.build, recipe.model, plan, datamodule.facts)
     weights = drawn(recipe.seed) if hasattr(net, "fill") else built_anew(recipe.seed, build_whole)
     module = modules.build(net, recipe, plan, datamodule)
+    module.horizon = horizon
     if plan.compile:
         compile_network(net, plan)
 
     n_parameters = sum(p.numel() for p in net.parameters())
+    budget = BudgetGuard(spending, plan, recipe, horizon, closing_batches(datamodule, recipe, rank))
     metrics = Metrics(
         plan,
         flops_per_sample(recipe.model, plan.task, datamodule.facts, n_parameters),
         recipe.trainer.log_every_n_steps,
-        gpu_hours=_hours_before(checkpoint, folder),
-        started=float(os.environ.get("LM_TRAIN_STARTED", 0)),
+        budget.metrics,
     )
     fingerprint = datamodule.fingerprint
     saving = Checkpoints(
@@ -89,12 +116,16 @@ def train(folder: RunFolder, resume_from: Path | None = None, callbacks: Sequenc
         folder,
         metrics,
         state=lambda: {
-            "gpu_hours": metrics.gpu_hours,
+            "gpu_hours": budget.metrics().get("budget/gpu_hours"),
+            "horizon": horizon.state() | {"limits": plan.limits},
             "seed": recipe.seed,
             "data": fingerprint,
             "module": module.saved_state(),
         },
+        saved=budget.saved,
     )
+    progress = Progress(metrics, budget)
+    budget.say = progress.line
     sample, evaluation = _sample(recipe, datamodule, net), Evaluation(folder)
     with loggers(recipe, plan, folder, rank) as run_loggers:
         trainer = StepTrainer(
@@ -104,7 +135,7 @@ def train(folder: RunFolder, resume_from: Path | None = None, callbacks: Sequenc
             strategy=build_strategy(plan, read_by(checkpoint.fill) if checkpoint and done_before else weights),
             plugins=[LaunchedRank()],
             precision=trainer_precision(plan),
-            max_steps=plan.max_steps,
+            horizon=horizon,
             accumulate=plan.accumulate_grad_batches,
             gradient_clip_val=recipe.trainer.gradient_clip_val,
             validate_every=recipe.trainer.val_check_interval,
@@ -122,10 +153,11 @@ def train(folder: RunFolder, resume_from: Path | None = None, callbacks: Sequenc
             callbacks=[
                 *([_Restore(checkpoint)] if checkpoint is not None else []),
                 *([_ExactStart(weights)] if checkpoint is None and casts_initial_weights(plan) else []),
-                StopAgreement(),
+                budget,
+                StopAgreement(budget),
                 evaluation,
                 metrics,
-                Progress(metrics),
+                progress,
                 *_early_stopping(recipe),
                 saving,
                 *([sample] if sample is not None else []),
@@ -137,16 +169,20 @@ def train(folder: RunFolder, resume_from: Path | None = None, callbacks: Sequenc
             datamodule.start_step = checkpoint.state["step"]
             trainer.start_at(datamodule.start_step)
         if rank == 0:
-            _announce(recipe, plan, n_parameters, datamodule, resume_from)
+            _announce(
+                recipe, plan.model_copy(update={"max_steps": horizon.max_steps}), n_parameters, datamodule, resume_from
+            )
         if checkpoint is not None and done_before:
             _finish(trainer, module, datamodule, checkpoint, folder, sample, build_whole)
         else:
             trainer.fit(module, datamodule=datamodule)
+        if trainer.stop_code is None:
+            _say_why_early(trainer)
+            if datamodule.has("test") and recipe.trainer.limit_test_batches != 0:
+                trainer.test(module, datamodule=datamodule, verbose=False)
+        budget.leave(done=trainer.stop_code is None)
         if trainer.stop_code is not None:
             return trainer.stop_code
-        _say_why_early(trainer)
-        if datamodule.has("test") and recipe.trainer.limit_test_batches != 0:
-            trainer.test(module, datamodule=datamodule, verbose=False)
         evaluation.show(trainer)
     if recipe.debug:
         _check_overfit(recipe, plan, datamodule, trainer)
@@ -212,13 +248,6 @@ def _finish(
     validated = any(row.get("step") == trainer.global_step and MONITOR in row for row in rows)
     if not validated and trainer.limit_val_batches:
         trainer.validate(module, datamodule=datamodule, verbose=False)
-
-
-def _hours_before(checkpoint: CheckpointReader | None, folder: RunFolder) -> float:
-    """GPU-hours of this run's earlier starts; another run's are its own."""
-    if checkpoint is None or checkpoint.folder.resolve().parent != folder.checkpoints.resolve():
-        return 0.0
-    return float(checkpoint.state["gpu_hours"])
 
 
 def _say_why_early(trainer: StepTrainer) -> None:

@@ -1,11 +1,10 @@
 """The run is held to its budget: what it has used over all its starts, and whether another step still fits. Free of torch."""
 
-from lm_train.budget.account import PRICE_KEY, Account, Start, Tariff, check_terms
+from lm_train.budget.account import Account, Start, Tariff, check_terms
 from lm_train.budget.guard import Guard, Rounds, Wish
-from lm_train.budget.spending import Spending, held_since
+from lm_train.budget.spending import Spending, held_since, rank_spending
 
 __all__ = [
-    "PRICE_KEY",
     "Account",
     "Guard",
     "Rounds",
@@ -15,4 +14,5 @@ __all__ = [
     "Wish",
     "check_terms",
     "held_since",
+    "rank_spending",
 ]

@@ -15,6 +15,7 @@ row and one period between rows more, the longest it can have gone on in silence
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,13 +26,18 @@ from lm_train.plan import Plan
 from lm_train.recipe import Recipe
 from lm_train.runs import RunFolder, read_jsonl
 
-PERIOD_S = 5.0
-"""Between two rows of a start that goes on."""
+PERIOD_S, LONGEST_PERIOD_S = 5.0, 60.0
+"""Between two rows of a start that goes on: the first, and after hours the second."""
 FEW_STEPS = 5
 """A start that could not do so many is not worth its beginning."""
 PRICE_KEY = "cluster.price_per_gpu_hour"
 UNITS = {"gpu_hours": "GPU-hours", "hours": "h", "kwh": "kWh"}
 """How a person is told an amount; money is told in its currency."""
+
+
+def period(seconds: float) -> float:
+    """Between two rows of a start that has gone on for so long: a month's file can still be read in a moment."""
+    return min(max(PERIOD_S, seconds / 500), LONGEST_PERIOD_S)
 
 
 @dataclass(frozen=True)
@@ -81,6 +87,8 @@ class Start:
     """Seconds of each save."""
     stopped: dict[str, Any] | None = None
     """The row by which the budget ended it."""
+    done: bool = False
+    """Its work was done."""
     warned: bool = False
     """A person has been told that most of the budget is used."""
     horizons: list[tuple[int, int]] = field(default_factory=list)
@@ -101,17 +109,18 @@ class Start:
             case "warned":
                 self.warned = True
             case "stopped":
-                self.stopped = row
+                self.stopped = (self.stopped or {}) | row
             case "left":
                 self.left_training = float(row["seconds"])
                 self.step_seconds = row.get("step_seconds")
+                self.done = bool(row.get("done"))
             case "ended":
-                self.ended, self.exit_code = True, int(row["exit_code"])
+                self.ended, self.exit_code = True, row["exit_code"]
 
     @property
     def held_seconds(self) -> float:
         """What counts: with the silence before its end, if nobody has seen that."""
-        return self.seconds if self.ended else self.seconds + PERIOD_S
+        return self.seconds if self.ended else self.seconds + period(self.seconds)
 
     @property
     def shutdown_seconds(self) -> float | None:
@@ -195,7 +204,7 @@ class Account:
     @property
     def stopped_by_budget(self) -> bool:
         """Whether the budget ended the last start before its work was done."""
-        return self.last is not None and self.last.stopped is not None
+        return self.last is not None and self.last.stopped is not None and not self.last.done
 
     def needed_seconds(self) -> float:
         """What a start takes that does a few steps and saves them, as far as the earlier ones tell."""
@@ -207,10 +216,36 @@ class Account:
         """Whether what is left does not pay for another start."""
         return bool(self.starts) and self.seconds_left(plan)[0] <= self.needed_seconds()
 
+    def enough_for(self, plan: Plan, max_steps: int | None) -> str:
+        """`budget.hours=0.061`: limits that let the run go on to `max_steps`; twice the present ones where nobody can tell.
+
+        Args:
+            plan: the present limits.
+            max_steps: the last step; None where it moves with the budget.
+        """
+        tariff, last = Tariff.of(plan), self.last
+        step = None if last is None or last.stopped is None else last.stopped.get("step")
+        words, used = [], self.used(tariff)
+        for name, limit in plan.limits.items():
+            enough = 2 * limit
+            if step is not None and max_steps is not None and last is not None and last.step_seconds is not None:
+                rest = (max_steps - step) * last.step_seconds
+                # the way to the first step and out again, and a validation and a test of unknown length
+                enough = used[name] + tariff.amounts(1.15 * rest + 2 * self.needed_seconds()).get(name, 0.0)
+            if enough > limit:
+                words.append(f"budget.{name}={rounded_up(enough):g}")
+        return " ".join(words)
+
     def told(self, plan: Plan) -> str:
         """`0.0297 of 0.03 h` for each limit."""
         tariff = Tariff.of(plan)
         return amounts_in_words(self.used(tariff), plan.limits, tariff)
+
+
+def rounded_up(value: float) -> float:
+    """To two digits."""
+    size = 10.0 ** (math.floor(math.log10(value)) - 1)
+    return round(math.ceil(value / size - 1e-9) * size, 12)
 
 
 def amounts_in_words(used: dict[str, float], limits: dict[str, float], tariff: Tariff) -> str:

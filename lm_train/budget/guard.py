@@ -21,6 +21,8 @@ from typing import Literal
 Kind = Literal["train", "val", "test"]
 RECENT = 64
 """Gaps whose mean, deviation and worst count."""
+SPEED_STEPS = 256
+"""Steps over which the speed is averaged by which the rest of a run is planned."""
 RARE_SHARE = 0.02
 """A gap longer than all recent ones is provided for as well, up to this share of the budget."""
 UNKNOWN_SAVE_SHARE = 0.05
@@ -43,6 +45,8 @@ class Wish:
     """From now on only the final save, no more by number."""
     soon: int = 0
     """At the latest after so many boundaries the ranks must ask again; 0: whenever they do."""
+    max_steps: int = 0
+    """The run's new last step; 0: as it is."""
 
 
 class Rounds:
@@ -86,6 +90,9 @@ class _Gaps:
         self.worst = 0.0
         """Of all, not only the recent ones."""
         self._sum = self._squares = 0.0
+        self.count = 0
+        self.slow_mean = 0.0
+        """Over about `SPEED_STEPS`, all of them weighing the same until there are so many."""
 
     def add(self, seconds: float) -> None:
         if len(self.recent) == RECENT:
@@ -96,6 +103,10 @@ class _Gaps:
         self._sum += seconds
         self._squares += seconds * seconds
         self.worst = max(self.worst, seconds)
+
+        self.count += 1
+        weight = max(1 / self.count, 1 / SPEED_STEPS)
+        self.slow_mean += weight * (seconds - self.slow_mean)
 
     @property
     def mean(self) -> float:
@@ -158,6 +169,15 @@ class Guard:
         """Mean of the latest gaps of one kind; None before there is one."""
         gaps = self._gaps.get((kind, kind))
         return gaps.mean if gaps else None
+
+    def speed(self) -> float | None:
+        """Seconds of a step, over more of them than `step_seconds`."""
+        gaps = self._gaps.get(("train", "train"))
+        return gaps.slow_mean if gaps else None
+
+    @property
+    def mean_save_seconds(self) -> float:
+        return statistics.fmean(self.saves) if self.saves else self.predicted_save or 0.0
 
     def boundaries_left(self, now: float, following: Kind = "train", saves: int = 1) -> int:
         """How many boundaries of the kind that follows surely lie inside the budget, with room for the end behind them.

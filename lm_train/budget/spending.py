@@ -6,15 +6,16 @@ Each row is one write to the end of the file, so that neither tears the other's.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from lm_train.budget.account import PERIOD_S, Account, Tariff, amounts_in_words
+from lm_train.budget.account import Account, Tariff, amounts_in_words, period
 from lm_train.errors import OutputError
 from lm_train.plan import Plan
 from lm_train.runs import RunFolder
@@ -157,15 +158,37 @@ class Spending:
 
     def tick(self) -> None:
         """Writes that time goes by, once in a period."""
-        if self.seconds - self._last_row >= PERIOD_S:
-            self.note("held")
+        if self.seconds - self._last_row >= period(self._last_row):
+            with contextlib.suppress(OutputError):  # the count goes on; the ranks find out what is wrong with the disk
+                self.note("held")
 
-    def finish(self, code: int) -> None:
-        """Writes the end of the start; what follows of this process is another start's."""
+    def finish(self, code: int | None = None) -> None:
+        """Writes the end of the start; what follows of this process is another start's.
+
+        Args:
+            code: what the run ended with, where that is known here.
+        """
         global _counted_until
         used = {name: round(value, 9) for name, value in self.used().items()}
-        self.note("ended", exit_code=int(code), used=used)
+        self.note("ended", exit_code=None if code is None else int(code), used=used)
         _counted_until = self.clock()
+
+
+@contextlib.contextmanager
+def rank_spending(folder: RunFolder, plan: Plan, rank: int) -> Iterator[Spending | None]:
+    """For rank 0 what its supervisor has begun, or without one an account of its own until the end of the block; else None."""
+    if rank != 0:
+        yield None
+        return
+    joined = Spending.joined(folder, plan)
+    if joined is not None:
+        yield joined
+        return
+    own = Spending.begin(folder, plan, time.monotonic())
+    try:
+        yield own
+    finally:
+        own.finish()
 
 
 def _mend(file: Path) -> None:

@@ -1,5 +1,6 @@
 """What happens around the steps: stopping, saving, measuring, showing."""
 
+from lm_train.callbacks.budget import BudgetGuard
 from lm_train.callbacks.checkpoints import Checkpoints
 from lm_train.callbacks.debugging import DebugChecks
 from lm_train.callbacks.evaluation import Evaluation
@@ -8,4 +9,4 @@ from lm_train.callbacks.progress import Progress
 from lm_train.callbacks.sample import Sample
 from lm_train.callbacks.stopping import StopAgreement
 
-__all__ = ["Checkpoints", "DebugChecks", "Evaluation", "Metrics", "Progress", "Sample", "StopAgreement"]
+__all__ = ["BudgetGuard", "Checkpoints", "DebugChecks", "Evaluation", "Metrics", "Progress", "Sample", "StopAgreement"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,12 +33,18 @@ class Checkpoints(L.Callback):
         folder: the run's.
         metrics: whose clock does not count the saving.
         state: values for state.json beyond the counters.
+        saved: told the step and the seconds of each save.
     """
 
     def __init__(
-        self, section: CheckpointSection, folder: RunFolder, metrics: Metrics, state: Callable[[], dict[str, Any]]
+        self,
+        section: CheckpointSection,
+        folder: RunFolder,
+        metrics: Metrics,
+        state: Callable[[], dict[str, Any]],
+        saved: Callable[[int, float], None],
     ) -> None:
-        self.section, self.folder, self.metrics, self.state = section, folder, metrics, state
+        self.section, self.folder, self.metrics, self.state, self.saved = section, folder, metrics, state, saved
         self._saved_step: int | None = None
         self._best = float("inf")
 
@@ -54,9 +61,10 @@ class Checkpoints(L.Callback):
         if trainer.step_is_complete and (last or (self._is_due(trainer) and not trainer.validation_is_due)):
             self._save(trainer, pl_module)
 
-    def _is_due(self, trainer: L.Trainer) -> bool:
+    def _is_due(self, trainer: StepTrainer) -> bool:
         every = self.section.every_n_steps
-        return every is not None and trainer.global_step % every == 0
+        by_number = every is not None and trainer.global_step % every == 0 and not trainer.only_final_save
+        return trainer.save_is_due or by_number
 
     def on_validation_end(self, trainer: StepTrainer, pl_module: L.LightningModule) -> None:
         if trainer.stop_code is not None:  # cut off; the end of the training saves
@@ -76,20 +84,21 @@ class Checkpoints(L.Callback):
         elif self._is_due(trainer):
             self._save(trainer, pl_module)
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_end(self, trainer: StepTrainer, pl_module: L.LightningModule) -> None:
         self._save(trainer, pl_module)
 
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+    def on_exception(self, trainer: StepTrainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         # a stop that came while the loop waited for data: parameters stand as the last step left them; several ranks
         # cannot save here, since each may be at another place
         if isinstance(exception, StopRequested) and trainer.world_size == 1 and trainer.global_step > 0:
             self._save(trainer, pl_module)
 
-    def _save(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+    def _save(self, trainer: StepTrainer, module: L.LightningModule) -> None:
         step = trainer.global_step
         if step == self._saved_step:
             return
-        self.metrics.pause()
+        began = time.monotonic()
+        self.metrics.pause()  # waits for the device
         target = self.folder.checkpoints / f"step-{step}"
         state = {"step": step, **_state_of(trainer), **self.state()}
         take_buffers_of_first_rank(module.net)
@@ -101,7 +110,9 @@ class Checkpoints(L.Callback):
             )
             self._remove_old()
         self._saved_step = step
+        trainer.save_is_due = False
         self.metrics.go_on()
+        self.saved(step, time.monotonic() - began)
 
     def _remove_old(self) -> None:
         """Keeps the newest `keep_last` and the best; also clears what a killed save has left."""

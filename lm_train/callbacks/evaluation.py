@@ -36,7 +36,8 @@ class Evaluation(L.Callback):
             self._write(trainer, pl_module, "val")
 
     def on_test_end(self, trainer: StepTrainer, pl_module: L.LightningModule) -> None:
-        self._write(trainer, pl_module, "test")
+        if trainer.stop_code is None:
+            self._write(trainer, pl_module, "test")
 
     def _write(self, trainer: StepTrainer, module: L.LightningModule, split: Split) -> None:
         if trainer.is_global_zero and isinstance(module, Classification) and module.scores is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as L
@@ -25,24 +26,17 @@ class Metrics(L.Callback):
         plan: FLOPs, peak, ranks.
         flops_per_sample: forward and backward, of the built model; None where unknown.
         every: optimizer steps between two rows.
-        gpu_hours: what earlier starts of this run have used.
-        started: when this start began to hold its devices, in `time.time()`'s seconds.
+        spent: what the run has used in all its starts, by the metric's name.
     """
 
     def __init__(
-        self, plan: Plan, flops_per_sample: int | None, every: int, gpu_hours: float = 0.0, started: float | None = None
+        self, plan: Plan, flops_per_sample: int | None, every: int, spent: Callable[[], dict[str, float]] = dict
     ) -> None:
         self.plan, self.flops_per_sample, self.every = plan, flops_per_sample, every
         self.latest: dict[str, float] = {}
-        self._hours_before = gpu_hours
-        self._started = time.monotonic() - (max(0.0, time.time() - started) if started else 0.0)
+        self.spent = spent
         self._paused = 0.0
         self._mark: tuple[float, int, float] | None = None
-
-    @property
-    def gpu_hours(self) -> float:
-        """Devices x hours of this run, earlier starts included; a CPU process counts as a device."""
-        return self._hours_before + self.plan.world_size * (time.monotonic() - self._started) / 3600
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._first_step = trainer.global_step + 1
@@ -76,9 +70,12 @@ class Metrics(L.Callback):
             "perf/data_wait_seconds": (data.train_loader.wait_seconds - waited_before) / steps,
             **({"perf/tokens_per_second": tokens / seconds} if tokens is not None else {}),
             "perf/samples_per_second": plan.global_batch_size / seconds,
-            "memory/peak_bytes": _peak_bytes(plan),
-            "budget/gpu_hours": self.gpu_hours,
+            "memory/peak_bytes": peak_bytes(plan),
+            **self.spent(),
         }
+        if plan.prediction is not None:
+            row["perf/predicted_step_seconds"] = plan.prediction.step.seconds
+            row["memory/predicted_peak_bytes"] = plan.prediction.memory.total
         if plan.peak_flops_per_device is not None and self.flops_per_sample is not None:
             peak = plan.peak_flops_per_device * plan.world_size
             row["perf/mfu"] = row["perf/samples_per_second"] * self.flops_per_sample / peak
@@ -94,8 +91,9 @@ class Metrics(L.Callback):
             self._log_evaluation(trainer, "val/")
         self.go_on()
 
-    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._log_evaluation(trainer, "test/")
+    def on_test_end(self, trainer: StepTrainer, pl_module: L.LightningModule) -> None:
+        if trainer.stop_code is None:
+            self._log_evaluation(trainer, "test/")
 
     def pause(self) -> None:
         """Takes the time until `go_on` out of the step time (validation, saving); steps still under way belong to it."""
@@ -121,7 +119,7 @@ class Metrics(L.Callback):
         self._paused = 0.0
 
 
-def _peak_bytes(plan: Plan) -> int:
+def peak_bytes(plan: Plan) -> int:
     """Most memory this rank has held: allocated on the GPU, else resident (getrusage's unit is kilobytes on Linux)."""
     if plan.accelerator == "gpu":
         return torch.cuda.max_memory_allocated()

@@ -9,6 +9,7 @@ from typing import Any, TextIO
 import lightning.pytorch as L
 from tqdm import tqdm
 
+from lm_train.callbacks.budget import BudgetGuard
 from lm_train.callbacks.metrics import Metrics
 from lm_train.loop import StepTrainer
 
@@ -31,11 +32,12 @@ class Progress(L.Callback):
 
     Args:
         metrics: whose newest row is shown. It must stand before this callback.
+        budget: what is left is shown.
         out: where to.
     """
 
-    def __init__(self, metrics: Metrics, out: TextIO | None = None) -> None:
-        self.metrics = metrics
+    def __init__(self, metrics: Metrics, budget: BudgetGuard, out: TextIO | None = None) -> None:
+        self.metrics, self.budget = metrics, budget
         self.out = out or sys.stderr
         self._bar: Any = None
         self._last_line = float("-inf")
@@ -59,13 +61,14 @@ class Progress(L.Callback):
         fresh = self.metrics.latest.get("samples") != self._shown.get("samples")
         self._shown = dict(self.metrics.latest) if fresh else self._shown
         if self._bar is not None:
+            self._bar.total = trainer.max_steps
             if fresh:
                 self._bar.set_postfix_str(self._text(), refresh=False)
             self._bar.update()
         elif fresh and (time.monotonic() - self._last_line >= LINE_EVERY_S or trainer.global_step == trainer.max_steps):
             self._last_line = time.monotonic()
             left = (trainer.max_steps - trainer.global_step) * self._shown["perf/step_seconds"]
-            self._line(f"step {trainer.global_step}/{trainer.max_steps}  {self._text()}  ETA {_clock(left)}")
+            self.line(f"step {trainer.global_step}/{trainer.max_steps}  {self._text()}  ETA {_clock(left)}")
 
     def on_validation_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
         done, now = args[2] + 1, time.monotonic()
@@ -76,14 +79,15 @@ class Progress(L.Callback):
         if self._bar is not None:
             self._bar.set_postfix_str(f"validating {done}/{total}")
         else:
-            self._line(f"step {trainer.global_step}  validating {done}/{total}")
+            self.line(f"step {trainer.global_step}  validating {done}/{total}")
 
     def on_validation_end(self, trainer: StepTrainer, pl_module: L.LightningModule) -> None:
         if trainer.stop_code is None:
             self._evaluation(trainer, "val", f"step {trainer.global_step}")
 
-    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._evaluation(trainer, "test", "test split")
+    def on_test_end(self, trainer: StepTrainer, pl_module: L.LightningModule) -> None:
+        if trainer.stop_code is None:
+            self._evaluation(trainer, "test", "test split")
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.close()
@@ -99,8 +103,10 @@ class Progress(L.Callback):
     def _text(self) -> str:
         row = self._shown
         mfu = f"  MFU {row['perf/mfu']:.1%}" if "perf/mfu" in row else ""
+        left = self.budget.text()
+        budget = f"  {left}" if left else ""
         unit = "tokens" if "perf/tokens_per_second" in row else "samples"
-        return f"loss {row['train/loss']:.3f}  {_short(row[f'perf/{unit}_per_second'])} {unit}/s{mfu}"
+        return f"loss {row['train/loss']:.3f}  {_short(row[f'perf/{unit}_per_second'])} {unit}/s{mfu}{budget}"
 
     def _evaluation(self, trainer: L.Trainer, split: str, head: str) -> None:
         row = self.metrics.latest
@@ -110,9 +116,10 @@ class Progress(L.Callback):
                 for name, form in EVALUATED.items()
                 if f"{split}/{name}" in row
             )
-            self._line(f"{head}  {split}/loss {row[f'{split}/loss']:.4f}  {'  '.join(values)}".rstrip())
+            self.line(f"{head}  {split}/loss {row[f'{split}/loss']:.4f}  {'  '.join(values)}".rstrip())
 
-    def _line(self, text: str) -> None:
+    def line(self, text: str) -> None:
+        """Shows a line without spoiling the bar."""
         if self._bar is not None:
             self._bar.write(text, file=self.out)
         else:

@@ -34,9 +34,10 @@ class StepBatches(Dataset[Batch], ABC):
 
     def __init__(self, plan: Plan, rank: int, start_step: int) -> None:
         self.plan, self.rank, self.start_step = plan, rank, start_step
+        self.last_step = plan.max_steps
 
     def __len__(self) -> int:
-        return (self.plan.max_steps - self.start_step) * self.plan.accumulate_grad_batches
+        return (self.last_step - self.start_step) * self.plan.accumulate_grad_batches
 
     def __getitem__(self, index: int) -> Batch:
         if not 0 <= index < len(self):

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
 
 from lm_train import plugins
-from lm_train.data.batches import Batch, Split
+from lm_train.data.batches import Batch, Split, StepBatches
 from lm_train.data.cache import cache_folder, locked
 from lm_train.data.loading import TimedLoader
 from lm_train.data.module import DataModule
@@ -127,11 +127,14 @@ class CustomDataModule(DataModule):
         length = _length(self.loader)
         return "a stream" if length is None else f"{length:,} training samples"
 
-    def train_batches(self, rank: int) -> Dataset[Batch]:
+    def train_batches(self, rank: int) -> StepBatches:
         raise AssertionError("the loaders are the user's")
 
     def evaluation_batches(self, split: Split, rank: int) -> Dataset[Batch]:
         raise AssertionError("the loaders are the user's")
+
+    def count_batches(self, split: Split, rank: int) -> int:
+        return 0
 
     def train_dataloader(self) -> TimedLoader:
         self.inner.trainer = self.trainer
@@ -176,8 +179,7 @@ class _Training:
         self.data, self.rank = data, rank
 
     def __len__(self) -> int:
-        plan = self.data.plan
-        return (plan.max_steps - self.data.start_step) * plan.accumulate_grad_batches
+        return (self.data.horizon.furthest - self.data.start_step) * self.data.plan.accumulate_grad_batches
 
     def __iter__(self) -> Iterator[Batch]:
         plan, left = self.data.plan, len(self)

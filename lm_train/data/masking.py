@@ -9,7 +9,7 @@ import torch
 from tokenizers import Tokenizer
 from torch.utils.data import Dataset
 
-from lm_train.data.batches import IGNORED, Batch, Integers, Split
+from lm_train.data.batches import IGNORED, Batch, Integers, Split, StepBatches
 from lm_train.data.corpus import TokenFile
 from lm_train.data.order import key_of, mix64
 from lm_train.data.text import STREAM_WINDOW, EvalBatches, TextDataModule, TrainBatches
@@ -152,7 +152,7 @@ class MaskedTextDataModule(TextDataModule):
         (ids,) = tokens.rows(np.zeros(1, dtype=np.int64), count)
         return int(np.bincount(ids).argmax())
 
-    def train_batches(self, rank: int) -> Dataset[Batch]:
+    def train_batches(self, rank: int) -> StepBatches:
         tokens = self.corpus.tokens("train")
         return MaskedTrainBatches(self.masking, tokens, self.plan, rank, self.seed, self.start_step, self.streaming)
 

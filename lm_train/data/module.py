@@ -13,10 +13,11 @@ from typing import Any
 import lightning.pytorch as L
 from torch.utils.data import DataLoader, Dataset
 
-from lm_train.data.batches import Batch, EvaluationBatches, SampleBatches, Samples, Split
+from lm_train.data.batches import Batch, EvaluationBatches, SampleBatches, Samples, Split, StepBatches
 from lm_train.data.cache import write_text
 from lm_train.data.loading import TimedLoader, make_loader
 from lm_train.errors import CheckpointError
+from lm_train.horizon import Horizon
 from lm_train.plan import DataFacts, Plan
 from lm_train.recipe import AnyModel
 from lm_train.runs import RunFolder, latest_checkpoint
@@ -47,6 +48,8 @@ class DataModule(L.LightningDataModule, ABC):
         self.plan, self.seed = plan, seed
         self.start_step = 0
         """Optimizer step from which on `train_dataloader` serves."""
+        self.horizon = Horizon(plan.max_steps)
+        """The last step; `train` puts the run's own here."""
         self.train_loader: TimedLoader | None = None
 
     @abstractmethod
@@ -99,12 +102,16 @@ class DataModule(L.LightningDataModule, ABC):
         """`60,000 training images`."""
 
     @abstractmethod
-    def train_batches(self, rank: int) -> Dataset[Batch]:
+    def train_batches(self, rank: int) -> StepBatches:
         """Micro batches of a rank from `start_step` to the last step."""
 
     @abstractmethod
     def evaluation_batches(self, split: Split, rank: int) -> Dataset[Batch]:
         """Micro batches of a rank that with the other ranks' cover the split once; equally many on each rank."""
+
+    def count_batches(self, split: Split, rank: int) -> int:
+        """Micro batches of a rank in an evaluation; 0 where nobody can tell before."""
+        return len(self.evaluation_batches(split, rank))  # type: ignore[arg-type]
 
     @property
     def may_wait(self) -> bool:
@@ -113,6 +120,7 @@ class DataModule(L.LightningDataModule, ABC):
 
     def train_dataloader(self) -> TimedLoader:
         batches = self.train_batches(self._rank())
+        batches.last_step = self.horizon.furthest
         workers = self.plan.num_workers
         # not where batches are copied for a GPU: a thread starts out on the first one, whichever the rank's is
         ahead = workers == 0 and not self.may_wait and self.plan.accelerator == "cpu"
@@ -165,7 +173,7 @@ class SampleDataModule(DataModule):
     def epoch(self, step: int) -> float:
         return step * self.plan.global_batch_size / len(self.samples["train"])
 
-    def train_batches(self, rank: int) -> Dataset[Batch]:
+    def train_batches(self, rank: int) -> StepBatches:
         return SampleBatches(self.samples["train"], self.plan, rank, self.seed, self.start_step)
 
     def evaluation_batches(self, split: Split, rank: int) -> Dataset[Batch]:

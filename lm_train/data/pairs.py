@@ -11,7 +11,7 @@ import torch
 from tokenizers import Tokenizer
 from torch.utils.data import Dataset
 
-from lm_train.data.batches import IGNORED, Batch, EvaluationBatches, Integers, Split
+from lm_train.data.batches import IGNORED, Batch, EvaluationBatches, Integers, Split, StepBatches
 from lm_train.data.module import DataModule
 from lm_train.data.pair_texts import Pairs, TokenisedPairs, prepare_pairs
 from lm_train.data.text_classes import BucketBatches, SizedSamples
@@ -150,7 +150,7 @@ class PairDataModule(DataModule):
     def size_in_words(self) -> str:
         return f"{len(self.pairs.splits['train']):,} training pairs"
 
-    def train_batches(self, rank: int) -> Dataset[Batch]:
+    def train_batches(self, rank: int) -> StepBatches:
         return BucketBatches(self.samples("train"), self.plan, rank, self.seed, self.start_step)
 
     def evaluation_batches(self, split: Split, rank: int) -> Dataset[Batch]:

@@ -202,7 +202,7 @@ class TextDataModule(DataModule):
     def may_wait(self) -> bool:
         return self.streaming
 
-    def train_batches(self, rank: int) -> Dataset[Batch]:
+    def train_batches(self, rank: int) -> StepBatches:
         tokens = self.corpus.tokens("train")
         return TrainBatches(tokens, self.plan, rank, self.seed, self.start_step, self.streaming)
 

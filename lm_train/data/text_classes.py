@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import Dataset
 
-from lm_train.data.batches import Batch, EvaluationBatches, Integers, SampleBatches, Samples, Split
+from lm_train.data.batches import Batch, EvaluationBatches, Integers, SampleBatches, Samples, Split, StepBatches
 from lm_train.data.classes import balanced_weights, total_weight
 from lm_train.data.labelled_texts import LabelledTexts, TokenisedTexts, counts_in_words, prepare_texts
 from lm_train.data.module import DataModule
@@ -196,7 +196,7 @@ class TextClassDataModule(DataModule):
     def size_in_words(self) -> str:
         return f"{len(self.texts.splits['train']):,} training texts in {len(self.class_names)} classes"
 
-    def train_batches(self, rank: int) -> Dataset[Batch]:
+    def train_batches(self, rank: int) -> StepBatches:
         train = self.texts.splits["train"]
         balanced = self.section.class_weights == "balanced"
         weights = balanced_weights(train.labels, len(self.class_names)) if balanced else None

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lm_train.data import Batch
 from lm_train.data.batches import Split
 from lm_train.errors import UsageError
+from lm_train.horizon import Horizon
 from lm_train.optim import build_optimizer, learning_rate
 from lm_train.plan import Plan
 from lm_train.recipe import AnyOptim
@@ -47,6 +48,8 @@ class TrainingModule(L.LightningModule, ABC):
         self.optim = optim
         self.plan = plan
         self.seed = seed
+        self.horizon = Horizon(plan.max_steps)
+        """The schedule's end; `train` puts the run's own here."""
         self._grad_norm: Norm | None = None
         self.input_type = _input_type(plan)
         self._reached_all = False
@@ -120,7 +123,7 @@ class TrainingModule(L.LightningModule, ABC):
         self._reached_all = True
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        self.step_learning_rate = learning_rate(self.optim, self.global_step + 1, self.plan.max_steps)
+        self.step_learning_rate = learning_rate(self.optim, self.global_step + 1, self.horizon.max_steps)
         for group in optimizer.param_groups:
             group["lr"] = self.step_learning_rate
 
