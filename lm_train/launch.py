@@ -13,7 +13,7 @@ from pathlib import Path
 
 from lm_train import plugins, runs
 from lm_train.attempt import WRONG_S, Attempt, NotJoined, join, publish
-from lm_train.budget import Account, Spending, check_terms, held_since
+from lm_train.budget import Account, Spending, check_currency, held_since
 from lm_train.errors import ExitCode, LMTrainError, OutputError, UsageError
 from lm_train.hardware import Machine, this_machine
 from lm_train.plan import Plan, places, plan_for, plan_table
@@ -55,7 +55,7 @@ def _lead(recipe: Recipe, machine: Machine, allocation: Allocation | None, since
         plan = plan_for(recipe, machine, allocation)
         earlier = runs.existing(recipe, allocation)
         account = Account([]) if earlier is None else Account.read(earlier)
-        check_terms(recipe, plan, account)
+        check_currency(plan, account)
         nothing_to_do = None if earlier is None else _nothing_to_do(recipe, plan, earlier, account, series)
         if earlier is not None and nothing_to_do is not None:
             say(nothing_to_do)

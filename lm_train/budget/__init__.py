@@ -1,6 +1,6 @@
 """The run is held to its budget: what it has used over all its starts, and whether another step still fits. Free of torch."""
 
-from lm_train.budget.account import Account, Start, Tariff, check_terms
+from lm_train.budget.account import Account, Start, Tariff, check_currency
 from lm_train.budget.guard import Guard, Rounds, Wish
 from lm_train.budget.spending import Spending, held_since, rank_spending
 
@@ -12,7 +12,7 @@ __all__ = [
     "Start",
     "Tariff",
     "Wish",
-    "check_terms",
+    "check_currency",
     "held_since",
     "rank_spending",
 ]

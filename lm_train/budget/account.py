@@ -23,14 +23,12 @@ from typing import Any
 
 from lm_train.errors import UsageError
 from lm_train.plan import Plan
-from lm_train.recipe import Recipe
 from lm_train.runs import RunFolder, read_jsonl
 
 PERIOD_S, LONGEST_PERIOD_S = 5.0, 60.0
 """Between two rows of a start that goes on: the first, and after hours the second."""
 FEW_STEPS = 5
 """A start that could not do so many is not worth its beginning."""
-PRICE_KEY = "cluster.price_per_gpu_hour"
 UNITS = {"gpu_hours": "GPU-hours", "hours": "h", "kwh": "kWh"}
 """How a person is told an amount; money is told in its currency."""
 
@@ -255,43 +253,21 @@ def amounts_in_words(used: dict[str, float], limits: dict[str, float], tariff: T
     return ", ".join(f"{used[name]:.3g} of {limit:g} {tariff.unit(name)}" for name, limit in limits.items())
 
 
-def check_terms(recipe: Recipe, plan: Plan, account: Account | None = None) -> None:
-    """That each limit can be counted.
-
-    Args:
-        recipe: whose budget it is.
-        plan: the price, the currency and the power that count.
-        account: of the run, if it exists.
+def check_currency(plan: Plan, account: Account) -> None:
+    """That the money of earlier starts can be added to this one's.
 
     Raises:
-        UsageError: one line a limit that cannot be.
+        UsageError: if they were paid in another currency.
     """
-    problems = []
-    asked, limits = recipe.budget.currency, plan.limits
-    if "money" in limits and plan.price_per_gpu_hour is None:
-        problems.append(
-            f"budget.money: nobody has said what a GPU-hour of {plan.cluster} costs; give {PRICE_KEY}=2.5, or budget.gpu_hours"
+    if "money" not in plan.limits:
+        return
+    priced = (start.tariff for start in account.starts if start.tariff.price_per_gpu_hour is not None)
+    other = next((tariff.currency for tariff in priced if tariff.currency != plan.currency), None)
+    if other is not None:
+        raise UsageError(
+            f"budget.money: earlier starts of this run were paid in {other}, this one is in {plan.currency}; give "
+            f"cluster.price_per_gpu_hour in {other} and cluster.currency={other}, or take another name="
         )
-    if asked is not None and asked != plan.currency:
-        problems.append(
-            f"budget.currency={asked}, but {plan.cluster} is paid in {plan.currency}; give budget.money in {plan.currency}, or "
-            f"{PRICE_KEY} and cluster.currency={asked}"
-        )
-    if "kwh" in limits and plan.power_watts <= 0:
-        problems.append(
-            f"budget.kwh: the power of {plan.device_name} is not known; give budget.gpu_hours, or a cluster file that says "
-            "power_watts"
-        )
-    if "money" in limits and account is not None:
-        priced = (s.tariff for s in account.starts if s.tariff.price_per_gpu_hour is not None)
-        other = next((t.currency for t in priced if t.currency != plan.currency), None)
-        if other is not None:
-            problems.append(
-                f"budget.money: earlier starts of this run were paid in {other}, this one is in {plan.currency}; give the price "
-                f"in {other} ({PRICE_KEY}, cluster.currency={other}), or take another name="
-            )
-    if problems:
-        raise UsageError(problems)
 
 
 def _rows(file: Path) -> Iterator[dict[str, Any]]:
