@@ -69,6 +69,8 @@ def _lead(recipe: Recipe, machine: Machine, allocation: Allocation | None, since
             checkpoint, step = _checkpoint(recipe, plan, earlier)
             for difference in runs.recipe_differences(folder, recipe) if earlier is not None else ():
                 say(f"{folder.root}: the recipe has changed: {difference}")
+            for difference in _planned_otherwise(folder, plan):
+                say(f"{folder.root}: planned otherwise than before: {difference}")
             before = runs.beginning(folder)
             runs.begin(folder, recipe, plan)
             runs.cut_jsonl(folder.metrics, step)
@@ -241,6 +243,14 @@ def _note_folder(folder: RunFolder) -> None:
             raise OutputError(f"LM_TRAIN_RUN_FILE={file}: {error.strerror}") from None
 
 
+def _planned_otherwise(folder: RunFolder, plan: Plan) -> list[str]:
+    """Where this start's plan lays the run out otherwise than the last start's."""
+    try:
+        return plan.changes_from(Plan.read(folder.plan))
+    except (OSError, ValueError):  # none yet, or of another version
+        return []
+
+
 def _warnings(recipe: Recipe, plan: Plan, machine: Machine, allocation: Allocation | None) -> list[str]:
     """What is done otherwise than one may have expected."""
     warnings = []
@@ -249,6 +259,11 @@ def _warnings(recipe: Recipe, plan: Plan, machine: Machine, allocation: Allocati
         peak = "never reaches its peak" if warmup > steps else "is at its peak in the last step only"
         warnings.append(
             f"optim.warmup_steps={warmup} is not shorter than trainer.max_steps={steps}: the learning rate {peak}"
+        )
+    if plan.paid_share < 1 and recipe.trainer.max_steps != "auto":
+        warnings.append(
+            f"the budget pays for about {plan.paid_share:.0%} of {plan.max_steps:,} steps; the run will stop inside it, "
+            "saved. With trainer.max_steps=auto the learning rate comes down where the budget ends"
         )
     nodes = os.environ.get("SLURM_JOB_NUM_NODES", "1")
     if allocation is None and "SLURM_JOB_ID" in os.environ and nodes != "1":

@@ -15,10 +15,11 @@ from lm_train.plan.memory import checkpoint_bytes
 from lm_train.plan.prediction import Interval, MemoryPrediction, TimePrediction
 from lm_train.plan.rates import Rates, rates_of
 from lm_train.plan.target import Target
+from lm_train.plan.traced import SIZES, Untraceable, trace_of
 from lm_train.plan.work import Work, work_of
 from lm_train.recipe import Recipe, Task, task_of
 
-_SAME_WORK: dict[Strategy, Strategy] = {"single": "ddp", "zero1": "zero2", "zero3": "zero2", "zero3_offload": "zero2"}
+_SAME_WORK: dict[Strategy, Strategy] = {"zero3": "zero2", "zero3_offload": "zero2"}
 """Strategies under which a rank does the same operations on its micro batch."""
 
 
@@ -35,6 +36,8 @@ class Network:
     """Whether no assumption was needed."""
     flops_per_sample: int | None
     notes: tuple[str, ...] = ()
+    is_traced: bool = False
+    """Counted by running it without values, since no formula knows it."""
 
     @property
     def n_parameters(self) -> int | None:
@@ -64,19 +67,40 @@ class Forecaster:
         if network.shapes is None:
             return None
         forecast = cls(recipe, network, target, network.shapes)
+        if network.is_traced:
+            return forecast
         tried = Layout(1, 1, "single", "32-true", 1, 1, "none", 1, 0, False, 1, "cpu")
         return None if work_of(recipe.model, network.task, forecast._facts, tried) is None else forecast
 
     def work(self, layout: Layout) -> Work:
-        strategy = _SAME_WORK.get(layout.strategy, layout.strategy)
+        """Of one micro batch on one rank.
+
+        Raises:
+            UsageError: if a network without formulas cannot be traced under this layout.
+        """
         key = replace(
-            layout, nodes=1, devices=1, accumulate_grad_batches=1, num_workers=0, threads_per_rank=1, strategy=strategy
+            layout,
+            nodes=1,
+            devices=1,
+            accumulate_grad_batches=min(2, layout.accumulate_grad_batches),
+            num_workers=0,
+            threads_per_rank=1,
+            strategy=_SAME_WORK.get(layout.strategy, layout.strategy),
         )
         if key not in self._works:
-            work = work_of(self.recipe.model, self.network.task, self._facts, key)
-            assert work is not None, "a model with formulas for its parameters has them for its work"
-            self._works[key] = work
+            self._works[key] = self._counted(key)
         return self._works[key]
+
+    def _counted(self, layout: Layout) -> Work:
+        if not self.network.is_traced:
+            work = work_of(self.recipe.model, self.network.task, self._facts, layout)
+            assert work is not None, "a model with formulas for its parameters has them for its work"
+            return work
+        # one sample lies otherwise in memory than several; it is not worth a trace of its own
+        traced = trace_of(self.recipe, self._facts, replace(layout, micro_batch_size=SIZES[0]))
+        if isinstance(traced, Untraceable):
+            raise UsageError(f"model: {traced.reason}; fix trainer.strategy and trainer.activation_checkpointing")
+        return traced.work(layout)
 
     def rates(self, layout: Layout) -> Rates:
         key = layout.nodes, layout.devices, layout.threads_per_rank, layout.precision, layout.compile
@@ -150,3 +174,17 @@ def network_of(recipe: Recipe) -> Network:
     flops = flops_per_sample(recipe.model, task, complete, parameter_count(shapes))
     notes = (f"with {assumed}, until the data are read",) if assumed else ()
     return Network(task, facts, shapes, not assumed, flops, notes)
+
+
+def traced(recipe: Recipe, network: Network, layout: Layout) -> Network:
+    """The network counted by running it without values, in a process with torch; if that cannot be, with a note why."""
+    complete, assumed = with_assumptions(recipe, network.facts)
+    found = trace_of(recipe, complete, replace(layout, micro_batch_size=SIZES[0]))
+    if isinstance(found, Untraceable):
+        return replace(network, notes=(*network.notes, f"nothing can be foretold: {found.reason}"))
+    notes = (f"with {assumed}, until the data are read",) if assumed else ()
+    shapes = [(name, shape) for name, shape in found.shapes]
+    flops = flops_per_sample(recipe.model, network.task, complete, parameter_count(shapes))
+    if flops is None:
+        flops = round(found.work(replace(layout, micro_batch_size=SIZES[0])).flops / SIZES[0])
+    return replace(network, shapes=shapes, known=not assumed, flops_per_sample=flops, notes=notes, is_traced=True)

@@ -16,6 +16,21 @@ VOCAB_MULTIPLE = 64
 """Rows of the embedding are padded to this: matrix products run faster on even sizes (A. Karpathy, build-nanogpt)."""
 
 
+LAYOUT_FIELDS = (
+    "accelerator",
+    "nodes",
+    "devices",
+    "strategy",
+    "precision",
+    "micro_batch_size",
+    "accumulate_grad_batches",
+    "activation_checkpointing",
+    "cross_entropy_chunks",
+    "num_workers",
+)
+"""What of a plan says how the run is laid out."""
+
+
 def padded_vocab_size(vocab_size: int) -> int:
     return math.ceil(vocab_size / VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
@@ -80,6 +95,26 @@ class Plan(BaseModel):
     def tokens_per_step(self) -> int | None:
         """None where samples are not pieces of running text."""
         return None if self.block_size is None else self.global_batch_size * self.block_size
+
+    @property
+    def paid_share(self) -> float:
+        """About which share of its steps the budget pays for, by the prediction; above 1 it is ample."""
+        if self.prediction is None or not self.limits:
+            return math.inf
+        told = self.prediction
+        needs = {
+            "hours": told.hours,
+            "gpu_hours": told.gpu_hours,
+            "money": told.money,
+            "kwh": told.kwh,
+        }
+        shares = [limit / need.value for name, limit in self.limits.items() if (need := needs[name]) and need.value > 0]
+        return min(shares, default=math.inf)
+
+    def changes_from(self, earlier: Plan) -> list[str]:
+        """What is done otherwise than by an earlier plan of the same run, a line each."""
+        pairs = ((name, getattr(earlier, name), getattr(self, name)) for name in LAYOUT_FIELDS)
+        return [f"{name}: {before} -> {now}" for name, before, now in pairs if before != now]
 
     @classmethod
     def read(cls, file: Path) -> Plan:

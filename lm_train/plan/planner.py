@@ -16,11 +16,11 @@ from lm_train.plan.laws import ASKED_RANGE, batch_tokens, batch_tokens_of_steps,
 from lm_train.plan.layout import Layout
 from lm_train.plan.memory import state_bytes
 from lm_train.plan.nearest import nothing_fits
-from lm_train.plan.network import Forecaster, Network, network_of
+from lm_train.plan.network import Forecaster, Network, network_of, traced
 from lm_train.plan.options import Group, layout_of, machine_problems, micro_batches, precision_for, sizes
 from lm_train.plan.plan import Plan
 from lm_train.plan.prediction import Interval, Prediction
-from lm_train.plan.search import Trial, explore
+from lm_train.plan.search import Misfit, Trial, explore
 from lm_train.plan.target import Target
 from lm_train.recipe import Recipe, samples_are_sequences, task_of
 from lm_train.slurm import Allocation
@@ -29,6 +29,8 @@ MICRO_BATCH_TOKENS = {"gpu": 16_384, "cpu": 4_096}
 MICRO_BATCH_SAMPLES = {"gpu": 2_048, "cpu": 512}
 """Largest micro batch where nothing is known of the network before it is built, in tokens of running text, or in samples of
 other data. Assumptions that suit small models, not measurements."""
+FIRST_GUESS = 1000
+"""Steps of a run whose length the budget decides, where nothing can be foretold."""
 WORKERS = "samples are read from memory, or memory-mapped files, faster than a worker can send them"
 
 
@@ -88,11 +90,29 @@ def schedule(recipe: Recipe, target: Target, trace: bool = True, must_fit: bool 
     steps = _steps_asked(recipe, total, reasons)
     unknown = [target.cluster.device.warning] if target.cluster.device.warning else []
     forecast = Forecaster.of(recipe, network, target)
+    by_rule: Layout | None = None
     if forecast is None:
-        plan = _by_rule(recipe, target, network, total, open_sizes[-1], workers, steps or 1, reasons)
-        return Schedule(plan, notes=(*unknown, *network.notes))
-    trials, misfits = explore(recipe, target, total, open_sizes, workers, forecast)
+        ruled: dict[str, str] = {}
+        by_rule = _by_rule(recipe, target, total, open_sizes[-1], workers, ruled)
+        if not target.machine.gpus:
+            reasons |= ruled
+        if trace or target.machine.gpus:
+            network = traced(recipe, network, by_rule)
+            forecast = Forecaster.of(recipe, network, target)
+    if forecast is None:
+        assert by_rule is not None
+        reasons = ruled | reasons
+        if steps is None:
+            steps, reasons["trainer.max_steps"] = FIRST_GUESS, "a first guess, which the measured speed corrects"
+        return Schedule(_plan(recipe, target, network, by_rule, steps, None, reasons), notes=(*unknown, *network.notes))
     notes = [*unknown, *network.notes]
+    if by_rule is not None and not target.machine.gpus:
+        # without GPUs the rule's layout stands, so that training need not trace before it starts
+        group = Group(by_rule.nodes, by_rule.devices, by_rule.strategy, by_rule.precision)
+        trials = [Trial(group, by_rule, forecast.memory(by_rule), forecast.step(by_rule))]
+        misfits: list[Misfit] = []
+    else:
+        trials, misfits = explore(recipe, target, total, open_sizes, workers, forecast)
     if not trials:
         notes.append(nothing_fits(recipe, target, total, misfits, steps, forecast))
         if must_fit:
@@ -316,15 +336,8 @@ def _optimum(recipe: Recipe, network: Network, plan: Plan) -> list[str]:
 
 
 def _by_rule(
-    recipe: Recipe,
-    target: Target,
-    network: Network,
-    total: int,
-    size: tuple[int, int],
-    workers: int,
-    steps: int,
-    reasons: dict[str, str],
-) -> Plan:
+    recipe: Recipe, target: Target, total: int, size: tuple[int, int], workers: int, reasons: dict[str, str]
+) -> Layout:
     """A layout for a network of which nothing is known before it is built: copies of it on all devices."""
     nodes, devices = size
     strategy = recipe.trainer.strategy
@@ -349,7 +362,7 @@ def _by_rule(
             f"largest divisor of {total // nodes // devices} with at most {limit:,} {'tokens' if text else 'samples'}"
         )
     recomputed, chunks = recipe.trainer.activation_checkpointing, recipe.trainer.cross_entropy_chunks
-    layout = layout_of(
+    return layout_of(
         Group(nodes, devices, strategy, precision),
         recipe,
         target,
@@ -359,7 +372,6 @@ def _by_rule(
         1 if chunks == "auto" else chunks,
         workers,
     )
-    return _plan(recipe, target, network, layout, steps, None, reasons)
 
 
 def _plan(
