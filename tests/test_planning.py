@@ -155,11 +155,17 @@ def test_bad_input_is_one_line_with_what_would_work(row: str, capsys: pytest.Cap
 
 
 def test_why_names_the_rejected_with_the_smallest_change(capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["recipe=gpt_large", "cluster=rtx4090", "trainer.strategy=auto", "data.micro_batch_size=32"]
+    words = [
+        "recipe=gpt_large",
+        "cluster=rtx4090",
+        "trainer.strategy=auto",
+        "trainer.cross_entropy_chunks=1",
+        "data.micro_batch_size=16",
+    ]
     assert cli.main(["plan", *words, "why=true"]) == 0
     told = capsys.readouterr().out
     assert "strategy      zero3_offload" in told
-    assert re.search(r"  single on 1: \d+\.\d GB over at micro batch 32; fits with micro batch \d", told), told
+    assert re.search(r"  single on 1: \d+\.\d GB over at micro batch 16; fits with micro batch \d", told), told
     assert cli.main(["plan", *words, "trainer.activation_checkpointing=none", "data.micro_batch_size=64"]) == 2
     assert "data.micro_batch_size: given twice" in capsys.readouterr().err
     words[-1] = "data.micro_batch_size=64"
