@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
 
 from lm_train import models
-from lm_train.plan import DataFacts, Layout
+from lm_train.plan import DataFacts, Layout, flops_per_sample, parameter_count, parameter_shapes
 from lm_train.plan.layout import Precision, Recomputed
 from lm_train.plan.work import Work, work_of
 from lm_train.recipe import BERT, GPT, AnyModel, Llama, Seq2Seq, Task
@@ -36,6 +38,7 @@ LAYOUT = Layout(
     accelerator="cpu",
 )
 VOCABULARY = 1000
+FACTS = DataFacts(vocab_size=VOCABULARY, n_outputs=8, guessed_fraction=0.15)
 
 
 @dataclass(frozen=True)
@@ -46,32 +49,37 @@ class Peaks:
     backward: int
 
 
+def allocated(step: Callable[[], None]) -> list[tuple[int, int]]:
+    """Times at which the allocator gave bytes out or took them back (below 0)."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    events = profiler.profiler.kineto_results.events()
+    return sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+
+
+def precision_of(layout: Layout) -> torch.autocast:
+    """As Lightning opens it."""
+    return torch.autocast("cpu", torch.bfloat16, cache_enabled=False, enabled=layout.precision == "bf16-mixed")
+
+
 def measured(net: nn.Module, loss: Callable[[nn.Module], Tensor], layout: Layout, onednn: bool = False) -> Peaks:
     """Of one micro batch; where gradients accumulate, of the second. oneDNN packs 16-bit matrices into memory of its own."""
+    turned = 0
 
     def step() -> None:
-        with torch.autocast("cpu", torch.bfloat16, cache_enabled=False, enabled=layout.precision == "bf16-mixed"):
+        nonlocal turned
+        with precision_of(layout):
             value = loss(net)
-        with torch.profiler.record_function("BACKWARD"):
-            value.backward()
+        turned = time.time_ns()
+        value.backward()
 
     with torch.backends.mkldnn.flags(enabled=onednn):
         if layout.accumulate_grad_batches > 1:
             step()
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-            step()
-    events = profiler.profiler.kineto_results.events()
-    start = next(event.start_ns() for event in events if event.name() == "BACKWARD")
-    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
-    alive = 0
-    forward = backward = 0
-    for when, size in changes:
-        alive += size
-        if when < start:
-            forward = max(forward, alive)
-        else:
-            backward = max(backward, alive)
-    return Peaks(forward, backward)
+        changes = allocated(step)
+    alive = list(accumulate(size for _, size in changes))
+    forward = sum(when < turned for when, _ in changes)
+    return Peaks(max(alive[:forward]), max(alive[forward:]))
 
 
 def predicted(work: Work, layout: Layout) -> Peaks:
@@ -148,25 +156,31 @@ def loss_of(kind: str, model: Any, samples: int) -> Callable[[nn.Module], Tensor
     return lambda net: net(tokens, lengths, tokens, targets) / 2.0
 
 
-def compare(way: Way, **sizes: Any) -> None:
-    kind, precision, checkpointing, chunks, accumulate, dropout = way
-    layout = replace(
+def layout_of(way: Way) -> Layout:
+    return replace(
         LAYOUT,
-        precision=precision,
-        activation_checkpointing=checkpointing,
-        cross_entropy_chunks=chunks,
-        accumulate_grad_batches=accumulate,
+        precision=way[1],
+        activation_checkpointing=way[2],
+        cross_entropy_chunks=way[3],
+        accumulate_grad_batches=way[4],
     )
-    model, task = MODELS[kind]
-    model = model.model_copy(update=sizes | {"dropout": dropout})
-    facts = DataFacts(vocab_size=VOCABULARY, n_outputs=8, guessed_fraction=0.15)
+
+
+def close(said: float, was: float, what: str) -> None:
+    assert abs(said / was - 1) < 0.005, f"{what}: {said:,} predicted, {was:,} measured, {said / was - 1:+.2%}"
+
+
+def compare(way: Way, vocabulary: int = VOCABULARY, **sizes: Any) -> None:
+    layout = layout_of(way)
+    model, task = MODELS[way[0]]
+    model = model.model_copy(update=sizes | {"dropout": way[5]})
+    facts = replace(FACTS, vocab_size=vocabulary)
     work = work_of(model, task, facts, layout)
     assert work is not None
     net = real_network(model, task, facts, layout)
-    said, was = predicted(work, layout), measured(net, loss_of(kind, model, layout.micro_batch_size), layout)
-    for name in ("forward", "backward"):
-        a, b = getattr(said, name), getattr(was, name)
-        assert abs(a / b - 1) < 0.005, f"{name}: {a:,} predicted, {b:,} measured, {a / b - 1:+.2%}"
+    said, was = predicted(work, layout), measured(net, loss_of(way[0], model, layout.micro_batch_size), layout)
+    close(said.forward, was.forward, "forward")
+    close(said.backward, was.backward, "backward")
 
 
 @pytest.mark.parametrize("way", FEW, ids=str)
@@ -178,6 +192,78 @@ def test_peak(way: Way) -> None:
 @pytest.mark.parametrize("way", EVERY, ids=str)
 def test_peak_in_every_way(way: Way) -> None:
     compare(way)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "way", [("gpt", p, "none", 1, 1, 0.0) for p in ("32-true", "bf16-mixed", "bf16-true")], ids=str
+)
+def test_peak_of_gpt_small(way: Way) -> None:
+    compare(way, 50257, n_layer=12, n_head=12, n_embd=768, block_size=256)
+
+
+def evaluated(kind: str, net: nn.Module, model: Any, samples: int) -> Tensor:
+    """What an evaluation does with a batch, as the modules do it."""
+    if kind in ("gpt", "llama", "bert classifier"):
+        return loss_of(kind, model, samples)(net)
+    length = model.block_size
+    tokens, lengths = ids(samples, length), torch.full((samples,), length)
+    if kind == "bert":
+        positions = tokens[:, : round(0.9 * length)].contiguous() % length
+        logits, targets = net(tokens, lengths, positions=positions).float(), positions
+    else:
+        logits, targets = net(tokens, lengths, target_tokens=tokens).float(), tokens
+    loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
+    return torch.stack((loss, (logits.argmax(dim=-1) == targets).sum()))
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_peak_of_an_evaluation(kind: str, precision: Precision) -> None:
+    layout, (model, task) = replace(LAYOUT, precision=precision, activation_checkpointing="full"), MODELS[kind]
+    model = model.model_copy(update={"dropout": 0.1})
+    facts = replace(FACTS, guessed_fraction=0.9)
+    work = work_of(model, task, facts, layout)
+    assert work is not None
+    net = real_network(model, task, facts, layout).eval()
+
+    def step() -> None:
+        with precision_of(layout), torch.inference_mode():
+            evaluated(kind, net, model, layout.micro_batch_size)
+
+    with torch.backends.mkldnn.flags(enabled=False):
+        close(work.evaluation_peak, max(accumulate(size for _, size in allocated(step))), "evaluation")
+
+
+@pytest.mark.parametrize("way", [(kind, "32-true", "none", 1, 1, 0.0) for kind in MODELS], ids=str)
+def test_products_are_those_that_torch_counts(way: Way) -> None:
+    layout, (model, task) = layout_of(way), MODELS[way[0]]
+    work = work_of(model, task, FACTS, layout)
+    assert work is not None
+    net = real_network(model, task, FACTS, layout)
+    with FlopCounterMode(display=False) as counter:
+        loss_of(way[0], model, layout.micro_batch_size)(net).backward()
+    # fused attention on a CPU is not counted by torch
+    assert sum(op.flops * op.times for op in work.ops if op.kind == "matmul") == counter.get_total_flops()
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_flops_agree_with_the_formula_of_the_model(kind: str) -> None:
+    """6 a parameter and token, and 12 d for each pair of positions; fused attention computes the scores again in the backward
+    pass, 14 instead of 12; parameters of norms, biases and positions, and an embedding apart from the head, are no products."""
+    sizes = {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 512, "dropout": 0.0}
+    model, task = MODELS[kind]
+    model = model.model_copy(update=sizes | ({"tie_embeddings": True} if kind == "llama" else {}))
+    facts = replace(FACTS, vocab_size=32000)
+    work, shapes = work_of(model, task, facts, LAYOUT), parameter_shapes(model, task, facts)
+    assert work is not None
+    assert shapes is not None
+    products = sum(op.flops * op.times / (1 if op.kind == "matmul" else 14 / 12) for op in work.ops)
+    formula = flops_per_sample(
+        model, task, facts if task == "masked_lm" else replace(facts, guessed_fraction=None), parameter_count(shapes)
+    )
+    assert formula is not None
+    assert abs(products / LAYOUT.micro_batch_size / formula - 1) < 0.02
 
 
 def test_work_is_found_in_time_and_does_not_grow_with_depth() -> None:

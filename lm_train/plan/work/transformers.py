@@ -123,18 +123,18 @@ def _bert(
     bias = Parameter(number, rows)
     if tape.training:
         return chunked_cross_entropy(tape, hidden, table, bias, vocab_size, layout.cross_entropy_chunks)
-    return _whole_logits_loss(tape, hidden, table, bias, vocab_size)
+    logits = _wanted_logits(tape, hidden, table, bias, vocab_size)
+    del hidden
+    wide = cast(tape, logits, "fp32")
+    copied = wide is logits and rows > vocab_size
+    del logits
+    return cross_entropy(tape, wide, copied)
 
 
-def _whole_logits_loss(
-    tape: Tape, hidden: Tensor, weight: Parameter, bias: Parameter | None, vocab_size: int
-) -> Tensor:
-    """An evaluation, which wants the logits themselves and cuts off those of ids that fill the vocabulary up."""
+def _wanted_logits(tape: Tape, hidden: Tensor, weight: Parameter, bias: Parameter | None, vocab_size: int) -> Tensor:
+    """Of an evaluation, which wants the logits themselves, without those of ids that fill the vocabulary up: a view."""
     logits = linear(tape, hidden, weight, bias, "head", logits=True)
-    rows, count = weight.shape[0], hidden.size // weight.shape[1]
-    sliced = Tensor(logits.storage, count * vocab_size, logits.number)
-    wide = cast(tape, sliced, "fp32")
-    return cross_entropy(tape, wide, copied=rows > vocab_size and wide is sliced)
+    return Tensor(logits.storage, hidden.size // weight.shape[1] * vocab_size, logits.number)
 
 
 def seq2seq_work(model: Seq2Seq, rows: int, vocab_size: int, facts: DataFacts, layout: Layout) -> Work:
@@ -203,4 +203,9 @@ def _seq2seq(
     tape.enter("head")
     if tape.training:
         return chunked_cross_entropy(tape, hidden, table, None, vocab_size, layout.cross_entropy_chunks)
-    return _whole_logits_loss(tape, hidden, table, None, vocab_size)
+    logits = _wanted_logits(tape, hidden, table, None, vocab_size)
+    del hidden, memory, seen
+    wide = cast(tape, logits, "fp32")
+    copied = wide is logits and rows > vocab_size
+    del logits
+    return cross_entropy(tape, wide, copied)
