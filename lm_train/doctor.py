@@ -86,11 +86,10 @@ def _cluster(machine: Machine) -> Finding:
     except UsageError as error:
         return Finding("note", f"cluster=auto: {error}")
     each = f"{found.devices_per_node} x {found.device.name}" if machine.gpus or not found.here else found.device.name
+    many = f"{found.nodes} nodes of " if found.nodes > 1 else ""
     memory = f"{found.host_memory_bytes / 2**30:.0f} GiB of memory" if found.host_memory_bytes else "memory unknown"
     rates = "facts of its data sheet" if found.device.accelerator == "gpu" and found.device.known else "estimated rates"
-    return Finding(
-        "ok", f"cluster=auto: {found.name}, {found.nodes} x {each}, {memory} a node, {rates}", found.device.warning
-    )
+    return Finding("ok", f"cluster=auto: {found.name}, {many}{each}, {memory} a node, {rates}", found.device.warning)
 
 
 def _slurm() -> Iterator[Finding]:

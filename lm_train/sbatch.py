@@ -47,6 +47,8 @@ def write(path: Path, words: Sequence[str], recipe: Recipe, plan: Plan, cluster:
         UsageError: if a value cannot stand in a job file, or there is no checkout to start from.
         OutputError: if it cannot be written.
     """
+    if path.is_dir():
+        raise OutputError(f"sbatch={path} is a folder; name a file in it, such as sbatch={path / 'job.sbatch'}")
     beside = path.with_name(f"{path.name}.plan.json").resolve()
     others = [word for word in words if not word.startswith("plan=")]
     text = job_file([*others, f"plan={beside}"], recipe, plan, cluster)

@@ -129,7 +129,7 @@ def test_every_shipped_gpu_has_a_name() -> None:
 def test_an_unknown_gpu_has_low_figures_and_says_so(name: str) -> None:
     device = device_of(GPU(name, 16384 << 20, (7, 0) if "V100" in name else (9, 0)))
     assert not device.known
-    assert device.warning.startswith(f"unknown GPU {name}: counting with 16 GiB of memory")
+    assert device.warning.startswith(f"unknown GPU {name}: counting with 16 GiB, 60 TFLOP/s")
     assert "lm-train calibrate" in device.warning
     assert device.memory_bytes < 16384 << 20
     assert ("bf16" in device.peak_flops) == ("V100" not in name)
@@ -443,6 +443,13 @@ def test_a_controller_that_does_not_answer(slurm: Path) -> None:
     assert planned().here, "the commands alone are no cluster"
     with pytest.raises(UsageError, match="sinfo fails: slurm_load_partitions: Unable to contact"):
         planned(partition="gpu")
+
+
+def test_a_partition_without_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(UsageError, match=r"cluster\.partition=gpu: no Slurm answers here; plan on a login node"):
+        planned(partition="gpu")
+    assert planned().here
 
 
 @pytest.mark.parametrize(

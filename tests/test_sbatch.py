@@ -13,7 +13,7 @@ import pytest
 from lm_train import sbatch
 from lm_train.cli import main
 from lm_train.clusters import Cluster, Site, cluster_named, this_cluster
-from lm_train.errors import UsageError
+from lm_train.errors import OutputError, UsageError
 from lm_train.hardware import GPU, Machine
 from lm_train.plan import Interval, MemoryPrediction, Plan, Prediction, TimePrediction, make_plan, plan_for
 from lm_train.recipe import Recipe, load
@@ -196,6 +196,18 @@ def test_no_word_is_anything_to_the_shell(odd_folder: Path) -> None:
     assert json.loads(beside.read_text())["made_for"]["model.n_layer"] == 2
     if shutil.which("shellcheck"):
         subprocess.run(["shellcheck", "--severity=warning", "jobs/a b.sbatch"], check=True)
+
+
+def test_a_place_that_cannot_be_written(odd_folder: Path) -> None:
+    recipe, plan = recipe_and_plan(CPU)
+    cluster = this_cluster(CPU, None)
+    for path, said in (
+        (Path("slurm"), "is a folder; name a file in it"),
+        (Path("/proc/x/y"), "choose another sbatch=PATH"),
+    ):
+        with pytest.raises(OutputError, match=said):
+            sbatch.write(path, [], recipe, plan, cluster)
+    assert [file.name for file in odd_folder.iterdir()] == ["slurm"]
 
 
 def test_modules_are_loaded_first(odd_folder: Path) -> None:

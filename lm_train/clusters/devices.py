@@ -76,7 +76,7 @@ def _unknown(name: str, memory: int, capability: tuple[int, int] | None) -> Devi
     """Below what any GPU of its capability from the last years reaches, so that a plan rather takes longer than it says."""
     old = capability is not None and capability < BF16_SINCE
     peak: dict[Numbers, float] = {"fp32": 8e12, "fp16": 60e12} if old else {"fp32": 15e12, "bf16": 60e12, "fp16": 60e12}
-    told = f"{memory / 2**30:.0f} GiB of memory, " if memory else ""
+    told = f"{memory / 2**30:.0f} GiB" if memory else "unknown memory"
     return Device(
         name=name,
         accelerator="gpu",
@@ -90,8 +90,8 @@ def _unknown(name: str, memory: int, capability: tuple[int, int] | None) -> Devi
         compute_capability=capability,
         known=False,
         warning=(
-            f"unknown GPU {name}: counting with {told}60 TFLOP/s and 300 GB/s, which is low; lm-train calibrate measures it, "
-            f"or give cluster=FILE.yaml with its facts (shipped ones: {', '.join(shipped_devices())})"
+            f"unknown GPU {name}: counting with {told}, 60 TFLOP/s and 300 GB/s, which is low; lm-train calibrate measures it, "
+            "or give cluster=FILE.yaml with device: {base: h100, name: ..., memory_bytes: ...}"
         ),
         sources={"memory_bytes": "nvidia-smi, or assumed", "peak_flops": "assumed, conservative"},
     )

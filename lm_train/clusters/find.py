@@ -44,6 +44,11 @@ def find(
         except NoSlurmError:
             if name is not None:  # else nobody speaks of Slurm: its commands lie here, and no cluster is behind them
                 raise
+    if allocation is None and for_planning and section.partition is not None:
+        raise UsageError(
+            f"cluster.partition={section.partition}: no Slurm answers here; plan on a login node, or give cluster=NAME|FILE "
+            "with what its nodes have"
+        )
     return _limited(_with_section(this_cluster(machine, allocation), section), section)
 
 
