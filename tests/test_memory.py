@@ -22,7 +22,15 @@ NewRun = Callable[..., RunFolder]
 PARTS = ("parameters", "gradients", "optimizer")
 ODD = "model={kind: gpt, n_layer: 2, n_head: 2, n_embd: 330, block_size: 17}"
 """Sizes that two ranks do not divide, and parameters below and above what ZeRO 3 leaves whole."""
-LARGE = ("gpt_small", "gpt_medium", "gpt_large", "gpt_xl", "llama_1b", "llama_8b")
+LARGE = {
+    "gpt_small": "ddp",
+    "gpt_medium": "ddp",
+    "gpt_large": "fsdp",
+    "gpt_xl": "zero2",
+    "llama_1b": "fsdp",
+    "llama_8b": "zero3",
+}
+"""The shipped recipes with a strategy each."""
 
 
 def predicted(plan: Plan) -> dict[str, int | None]:
@@ -73,13 +81,13 @@ def test_a_shipped_recipe_with_two_layers(new_run: NewRun, recipe: str) -> None:
         *optim,
         "data.global_batch_size=2",
         "trainer.devices=2",
-        f"trainer.strategy={asked.trainer.strategy}",
+        f"trainer.strategy={LARGE[recipe]}",
         "trainer.max_steps=1",
         "trainer.limit_val_batches=0",
         "trainer.log_every_n_steps=1",
     )
     with Pair() as pair:
-        found = measured(lambda strategy: pair, run, asked.trainer.strategy)
+        found = measured(lambda strategy: pair, run, LARGE[recipe])
     shutil.rmtree(run.checkpoints)  # gigabytes
     assert found == predicted(Plan.read(run.plan))
 
@@ -95,7 +103,7 @@ from lm_train.hardware import Machine
 from lm_train.plan import known_facts, make_plan
 from lm_train.recipe import load
 
-recipe = load([f"recipe={sys.argv[1]}", "trainer.devices=8"])
+recipe = load([f"recipe={sys.argv[1]}", f"trainer.strategy={sys.argv[2]}", "trainer.devices=8"])
 plan = make_plan(recipe, Machine(cpu_cores=8, gpus=()), must_fit=False)
 with torch.device("meta"):
     net = models.build(recipe.model, plan, known_facts(recipe), initialise=False)
@@ -116,11 +124,16 @@ print(json.dumps({"parameters": 4 * sum(held), "numel": sum(p.numel() for p in n
 def test_full_size_on_eight_simulated_ranks(recipe: str) -> None:
     """The real network on the meta device, sharded by FSDP2 itself over a process group without processes."""
     done = subprocess.run(
-        [sys.executable, "-c", META_SHARDS, recipe], capture_output=True, text=True, check=False, timeout=120
+        [sys.executable, "-c", META_SHARDS, recipe, LARGE[recipe]],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
     )
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout.splitlines()[-1])
-    plan = make_plan(load([f"recipe={recipe}", "trainer.devices=8"]), Machine(cpu_cores=8, gpus=()), must_fit=False)
+    asked = load([f"recipe={recipe}", f"trainer.strategy={LARGE[recipe]}", "trainer.devices=8"])
+    plan = make_plan(asked, Machine(cpu_cores=8, gpus=()), must_fit=False)
     assert plan.n_parameters == answer["numel"]
     assert plan.parameter_bytes is not None
     assert plan.optimizer_bytes is not None
@@ -144,5 +157,6 @@ def plan_small(recipe: str) -> list[int]:
 
 
 def test_every_large_recipe_is_here() -> None:
-    named = {name for name in shipped_recipes() if load([f"recipe={name}"]).trainer.strategy != "auto"}
-    assert named == set(LARGE)
+    models = {name: load([f"recipe={name}"]).model for name in shipped_recipes()}
+    large = {name for name, model in models.items() if model.kind in ("gpt", "llama") and model.n_embd >= 768}
+    assert large == set(LARGE)

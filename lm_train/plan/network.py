@@ -78,14 +78,16 @@ class Forecaster:
         Raises:
             UsageError: if a network without formulas cannot be traced under this layout.
         """
+        adds = layout.accumulate_grad_batches > 1 and layout.strategy in ("single", "zero1")
+        strategy = _SAME_WORK.get(layout.strategy, layout.strategy)
         key = replace(
             layout,
             nodes=1,
             devices=1,
-            accumulate_grad_batches=min(2, layout.accumulate_grad_batches),
+            accumulate_grad_batches=2 if adds else 1,
             num_workers=0,
             threads_per_rank=1,
-            strategy=_SAME_WORK.get(layout.strategy, layout.strategy),
+            strategy="zero2" if strategy == "zero1" and not adds else strategy,
         )
         if key not in self._works:
             self._works[key] = self._counted(key)

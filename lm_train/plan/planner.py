@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from lm_train.clusters import Numbers, check_here, find
 from lm_train.errors import UsageError
 from lm_train.hardware import Machine
-from lm_train.plan.choice import Priced, choose, priced, why_misfit, why_not
+from lm_train.plan.choice import NEARLY, Priced, choose, priced, why_misfit, why_not
 from lm_train.plan.counts import flops_per_sample, parameter_count, parameter_shapes
 from lm_train.plan.facts import known_facts, with_assumptions
 from lm_train.plan.forecast import Costs, hours_allowed, prediction_of
@@ -271,6 +271,8 @@ def _explain(recipe: Recipe, target: Target, chosen: Priced, every: list[Priced]
             else "the only one that fits"
             if best is None
             else f"next best: {best.trial.group}, {best.hours / chosen.hours:.2f} times as long"
+            if best.hours > chosen.hours * (1 + NEARLY)
+            else f"as fast as {best.trial.group}, and plainer"
         )
     if recipe.data.micro_batch_size == "auto" and trainer.accumulate_grad_batches == "auto":
         share = layout.micro_batch_size * layout.accumulate_grad_batches

@@ -23,6 +23,8 @@ from lm_train.recipe import Recipe, task_of
 
 NEARLY = 0.01
 """Micro batches whose times differ by less than this share count as equally fast: the smaller one is taken."""
+ROOMY = 0.7
+"""Share of the memory up to which a larger micro batch is taken without need."""
 TRIED = 6
 """Micro batches that are timed of each kind of layout, from the largest that fits downwards."""
 
@@ -89,26 +91,38 @@ def _fitting(
         for chunks in chunkings(recipe, task):
             if largest == micros[0]:
                 return
-            timed = 0
-            for micro in micros:
-                if micro <= largest and not timed:
-                    break  # what is slower for each sample must at least admit more of them
-                layout = layout_of(group, recipe, target, total, micro, recomputed, chunks, workers)
-                memory = forecast.memory(layout)
-                if not memory.fits:
-                    continue
-                if not timed:
-                    largest = micro
-                yield Trial(group, layout, memory, forecast.step(layout))
-                timed += 1
-                if timed == TRIED:
-                    break
+            layouts = [layout_of(group, recipe, target, total, micro, recomputed, chunks, workers) for micro in micros]
+            first = _first_that_fits(layouts, forecast)
+            if first is None or micros[first] <= largest:
+                continue  # what is slower for each sample must at least admit more of them
+            largest = micros[first]
+            for layout in layouts[first : first + TRIED]:
+                yield Trial(group, layout, forecast.memory(layout), forecast.step(layout))
+
+
+def _first_that_fits(layouts: Sequence[Layout], forecast: Forecaster) -> int | None:
+    """Of layouts with ever smaller micro batches, which need ever less memory, the first one that fits."""
+    if forecast.memory(layouts[0]).fits:
+        return 0
+    if not forecast.memory(layouts[-1]).fits:
+        return None
+    too_large, fits = 0, len(layouts) - 1
+    while fits - too_large > 1:
+        middle = (too_large + fits) // 2
+        if forecast.memory(layouts[middle]).fits:
+            fits = middle
+        else:
+            too_large = middle
+    return fits
 
 
 def _best(trials: Sequence[Trial]) -> Trial:
-    """The fastest; of those that are nearly as fast the one that needs least memory."""
+    """The fastest; of those that are nearly as fast the largest that leaves room, else the one that needs least memory."""
     fastest = min(trial.step.seconds for trial in trials)
     near = [trial for trial in trials if trial.step.seconds <= fastest * (1 + NEARLY)]
+    roomy = [trial for trial in near if trial.memory.high <= ROOMY * trial.memory.capacity or not trial.memory.capacity]
+    if roomy:
+        return max(roomy, key=lambda trial: (trial.layout.micro_batch_size, -trial.step.seconds))
     return min(near, key=lambda trial: (trial.memory.total, trial.step.seconds))
 
 
