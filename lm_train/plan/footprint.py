@@ -62,11 +62,12 @@ def memory_of(
     """
     state = state_bytes(shapes, layout.strategy, layout.precision, optim, layout.ranks)
     offloads = layout.strategy == "zero3_offload" and layout.accelerator == "gpu"
-    moments = list(Moments(shapes, work, layout, state).all(validates))
+    passes = Moments(shapes, work, layout, state)
+    moments = list(passes.all(validates))
     if offloads:  # state, gradients and the update are the host's
         moments = [replace(moment, gradients=0) for moment in moments]
     else:
-        moments.append(update_moment(shapes, layout, optim, state))
+        moments.append(update_moment(shapes, layout, optim, state, passes.batches))
     worst = max(moments, key=lambda moment: moment.total)
     parameters, optimizer = (0, 0) if offloads else (state.parameters, state.optimizer)
     on_host = state.total if offloads else 0

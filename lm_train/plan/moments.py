@@ -22,6 +22,9 @@ FETCHED_AHEAD = 50_000_000
 """Elements that ZeRO-3 gathers ahead of their use (`stage3_prefetch_bucket_size`, DeepSpeed's default)."""
 REUSED_WITHIN = 1_000_000_000
 """ZeRO-3 lets go of a parameter only if so many others are used before it is used again (`stage3_max_reuse_distance`)."""
+BATCHES = {"cpu": 4, "gpu": 2}
+"""Micro batches in memory at once: the one in work, Lightning's next, and on a CPU the two that are made ahead
+(`lm_train.data.loading`)."""
 _UNIT = re.compile(r"(?:\w+\.)*?\w+\.\d+(?=\.)")
 
 FORWARD, BACKWARD, REDUCTION = "the forward pass", "the backward pass", "the reduction of gradients"
@@ -78,6 +81,7 @@ class Moments:
         self.width = low if casts else 4
         """Bytes of a parameter, and of its gradient, as the network sees them."""
         self.bucket = bucket_of_zero_3(shapes, layout)
+        self.batches = BATCHES[layout.accelerator] * work.batch_bytes
 
     def all(self, validates: bool) -> Iterator[Moment]:
         """The moments of a step, of the first and of later ones, and those of a validation."""
@@ -105,7 +109,7 @@ class Moments:
             yield self._forward(stage, self.state.gradients)
             yield self._backward(stage, self.state.gradients) if stay else self._growing(stage)
         if self.layout.strategy == "ddp":
-            yield Moment(BUCKETS, self.state.gradients, self.work.batch_bytes, 0, self.state.gradients)
+            yield Moment(BUCKETS, self.state.gradients, self.batches, 0, self.state.gradients)
 
     def _fully_sharded(self) -> Iterator[Moment]:
         """With c bytes a gathered and r bytes a reduced element, unit i of u_i elements between units h and j, root of R:
@@ -121,12 +125,12 @@ class Moments:
         c, r = self.width, 4 if self.layout.precision in ("32-true", "bf16-mixed") else self.width
         share, copy, root = self.state.gradients / max(1, self.total), int(self.gloo), self.root
         unit = (*self.units, 0)  # the last entry serves the stages before the first and behind the last, too
-        yield Moment(FORWARD, self.state.gradients, self.work.batch_bytes, 0, c * root * (2 if root else 0))
+        yield Moment(FORWARD, self.state.gradients, self.batches, 0, c * root * (2 if root else 0))
         gathered = root  # by the all-gather before
         for i, stage in enumerate(self.stages):
             if unit[i]:
                 buffers = c * (root + gathered + unit[i] * (1 + copy))
-                yield Moment(FORWARD, self.state.gradients, stage.kept_before, 0, buffers)
+                yield Moment(FORWARD, self.state.gradients, self.batches + stage.kept_before, 0, buffers)
                 gathered = unit[i]
             yield self._forward(stage, self.state.gradients, c * (root + gathered + (unit[i] and unit[i])))
         reduced = 0
@@ -144,9 +148,9 @@ class Moments:
                 roots = self._with_gradients(i) - stage.backward_peak - c * reduced
                 moving = max((c + r) * unit[i], (1 + copy) * r * unit[i])
                 buffers = c * (root + ahead) + moving + max(0, roots)
-                yield Moment(REDUCTION, after, stage.kept_before, 0, buffers)
+                yield Moment(REDUCTION, after, self.batches + stage.kept_before, 0, buffers)
         moving = max((c + r) * root, (1 + copy) * r * root)
-        yield Moment(REDUCTION, self.state.gradients, self.work.batch_bytes, 0, c * root + moving)
+        yield Moment(REDUCTION, self.state.gradients, self.batches, 0, c * root + moving)
 
     def _zero_1_2(self) -> Iterator[Moment]:
         """Gradients move into a bucket as they appear, and when it is full, or at the end of the backward pass, a copy of it is
@@ -166,7 +170,7 @@ class Moments:
             else:
                 yield self._backward(stage, earlier, 0 if self.gloo else self.width * buckets)
         own = 0 if whole else earlier
-        yield Moment(REDUCTION, own, self.work.batch_bytes, 0, self.width * (buckets + filled))
+        yield Moment(REDUCTION, own, self.batches, 0, self.width * (buckets + filled))
 
     def _zero_3(self) -> Iterator[Moment]:
         """Parameters are gathered ahead of their use, through a flat copy, and let go when they are not used again soon: a
@@ -182,7 +186,7 @@ class Moments:
             yield self._backward(stage, self.state.gradients, self.bucket + held)
         moving = self.width * filled * (2 if self.gloo else 1)
         last = self.width * min(self.root, filled)
-        yield Moment(REDUCTION, self.state.gradients, self.work.batch_bytes, 0, self.bucket + moving + last)
+        yield Moment(REDUCTION, self.state.gradients, self.batches, 0, self.bucket + moving + last)
 
     def _gathered(self, stage: int, forward: bool) -> int:
         """Elements that ZeRO-3 has gathered, with those of the flat copy that they come from."""
@@ -211,15 +215,15 @@ class Moments:
                 gradients = self.state.gradients
                 gathered = max((self._gathered(i, forward=True) for i in range(len(self.stages))), default=0)
                 buffers = self.bucket + self.width * gathered
-        return Moment(VALIDATION, gradients, self.work.evaluation_peak, 0, buffers)
+        return Moment(VALIDATION, gradients, self.batches + self.work.evaluation_peak, 0, buffers)
 
     def _forward(self, stage: Stage, gradients: int, buffers: int = 0) -> Moment:
-        rest = stage.forward_peak - stage.forward_logits
+        rest = self.batches + stage.forward_peak - stage.forward_logits
         return Moment(FORWARD, gradients, rest, stage.forward_logits, buffers)
 
     def _backward(self, stage: Stage, gradients: int, buffers: int = 0) -> Moment:
         """With gradients that are there anyway."""
-        rest = stage.backward_peak - stage.backward_logits
+        rest = self.batches + stage.backward_peak - stage.backward_logits
         return Moment(BACKWARD, gradients, rest, stage.backward_logits, buffers)
 
     def _growing(self, stage: Stage) -> Moment:

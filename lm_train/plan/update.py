@@ -15,8 +15,8 @@ from lm_train.plan.moments import UPDATE, Moment, NamedShapes, bucket_of_zero_3
 from lm_train.recipe import AnyOptim
 
 
-def update_moment(shapes: NamedShapes, layout: Layout, optim: AnyOptim, state: StateBytes) -> Moment:
-    """The worst moment of an update.
+def update_moment(shapes: NamedShapes, layout: Layout, optim: AnyOptim, state: StateBytes, batches: int = 0) -> Moment:
+    """The worst moment of an update; `batches`: bytes of the micro batches in memory.
 
     DeepSpeed updates the rank's part of all matrices as one flat fp32 parameter, whose gradient is a copy: the temporaries are
     as large as that, and the gradients that it was made of are still there.
@@ -46,7 +46,7 @@ def update_moment(shapes: NamedShapes, layout: Layout, optim: AnyOptim, state: S
         needed = width * at_once * max(sum(group) for group in sizes)
     if optim.kind == "muon":
         needed = max(needed, _newton_schulz(shapes, optim.nesterov))
-    return Moment(UPDATE, gradients, 0, 0, buffers + needed)
+    return Moment(UPDATE, gradients, batches, 0, buffers + needed)
 
 
 def _groups(shapes: NamedShapes, optim: AnyOptim) -> Iterator[list[tuple[int, ...]]]:

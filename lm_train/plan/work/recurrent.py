@@ -90,7 +90,7 @@ class _Pass:
             if layer:
                 x = dropout(tape, x, model.dropout, "cells.dropout")
             tape.enter(f"encoder.cells.{layer * self.directions}")
-            y = self.cell(x, width)
+            y = self.cell(x, width, last=layer == model.n_layer - 1 and turned is None)
             if turned is not None:
                 tape.enter(f"encoder.cells.{layer * self.directions + 1}")
                 backwards = self.cell(_gathered(tape, x, turned, "cells.turn"), width)
@@ -99,16 +99,17 @@ class _Pass:
             width = self.directions * model.hidden_size
         return x
 
-    def cell(self, x: Tensor, width: int) -> Tensor:
+    def cell(self, x: Tensor, width: int, last: bool = False) -> Tensor:
+        """One layer in one direction; `last`: what comes back from the head has samples before time."""
         model, number = self.model, self.number
         gates = GATES[model.cell] * model.hidden_size
         into, over = Parameter(number, gates, width), Parameter(number, gates, model.hidden_size)
         biases = Parameter(number, gates), Parameter(number, gates)
         if model.cell == "lstm" or self.tape.device == "gpu":
-            return self.fused(x, width, [into, over, *biases])
+            return self.fused(x, width, [into, over, *biases], last)
         return self.stepwise(linear(self.tape, x, into, biases[0], "cells.inputs"), over, biases[1])
 
-    def fused(self, x: Tensor, width: int, weights: Sequence[Parameter]) -> Tensor:
+    def fused(self, x: Tensor, width: int, weights: Sequence[Parameter], last: bool) -> Tensor:
         """One operation for all steps, of oneDNN or cuDNN."""
         tape, model = self.tape, self.model
         states = self.samples * self.length * model.hidden_size
@@ -125,19 +126,20 @@ class _Pass:
         saved = tape.keep(x, *lowered)
         out = tape.new(states, number)
         kept = LSTM_KEPT[WIDTH[number]] if cpu else CUDNN_RESERVE[model.cell] * WIDTH[number]
-        workspace = tape.new(round(states * kept / 4), "fp32") if tape.training or cpu else None
+        workspace = tape.new(round(states * kept / 4), "fp32") if tape.training else None
         scratch = tape.new(round((states * LSTM_FORWARD[WIDTH[number]] + packed) / 4), "fp32") if cpu else None
         del scratch
         saved += tape.keep(out, workspace)
 
         def backward(gradients: Sequence[Gradient]) -> tuple[Gradient, ...]:
             tape.op("cells", "recurrent", 2 * flops, 2 * moved, shape, number)
+            copy = tape.new(states, number) if last else None
             made: Number = "fp32" if cpu else number  # oneDNN's gradients are fp32 whatever the values are
             into_x = tape.new(inputs, made)
             owners = [of if w is of else None for w, of in zip(lowered, weights, strict=True)]
             into = [tape.new_gradient(w.size, made, of) for w, of in zip(weights, owners, strict=True)]
             scratch = tape.new(round((states * LSTM_BACKWARD[WIDTH[number]] + packed) / 4), "fp32") if cpu else None
-            del scratch
+            del scratch, copy
             if made != number:
                 into_x = tape.new(inputs, number)
                 into = [tape.new_gradient(w.size, number, of) for w, of in zip(weights, owners, strict=True)]
