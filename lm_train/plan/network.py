@@ -83,7 +83,7 @@ class Forecaster:
         key = replace(
             layout,
             nodes=1,
-            devices=1,
+            devices=min(2, layout.ranks) if self.recipe.model.kind == "resnet" else 1,  # batch norms over several ranks
             accumulate_grad_batches=2 if adds else 1,
             num_workers=0,
             threads_per_rank=1,
