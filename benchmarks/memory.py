@@ -50,15 +50,19 @@ def words_of(row: Row, folder: Path) -> list[str]:
     kind = {
         "text": "kind: embedded, tokenizer: bytes",
         "images": f"kind: images, path: {folder / 'images'}",
-        "classes": "kind: text_classes, max_length: 256",
+        "classes": "kind: text_classes, tokenizer: bytes, max_length: 256",
     }[row.data]
-    fixed = ["trainer.precision=32-true", "trainer.activation_checkpointing=none", "trainer.cross_entropy_chunks=1"]
+    fixed = [
+        "optim={kind: adamw}",
+        "trainer.precision=32-true",
+        "trainer.activation_checkpointing=none",
+        "trainer.cross_entropy_chunks=1",
+    ]
     keys = {word.split("=")[0] for word in row.words}
     return [
         "recipe=gpt_debug",
         row.model,
         f"data={{{kind}, global_batch_size: {total}, micro_batch_size: {row.micro_batch_size}, num_workers: 0}}",
-        "optim={kind: adamw}",
         f"trainer.strategy={row.strategy}",
         f"trainer.devices={row.ranks}",
         f"trainer.accumulate_grad_batches={row.accumulate}",
@@ -288,7 +292,7 @@ def page(result: dict[str, Any]) -> str:
         "# Peak memory of CPU processes: predicted and measured",
         "",
         "MiB above the bare process (Python, torch, Lightning and lm_train imported, the network not yet built) on the rank",
-        f"with most; {STEPS} optimizer steps, a validation and a checkpoint of `lm-train train`. Written by benchmarks/memory.py;",
+        f"with most; {STEPS} optimizer steps, a validation and a checkpoint of `lm-train train`. By benchmarks/memory.py;",
         f"the list of rows was frozen before measuring (BLAKE2b {result['list_blake2b']}).",
         "",
         "| split | rows | mean signed | mean | median | p95 | worst |",
