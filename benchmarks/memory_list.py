@@ -96,7 +96,7 @@ ROWS = (
     Row("llama fsdp", SPREAD, LLAMA, 8, (), "fsdp"),
     Row("llama zero3 accumulated", SPREAD, LLAMA, 4, (), "zero3", 2),
     Row("bert ddp", SPREAD, BERT, 6, (), "ddp"),
-    Row("resnet ddp", SPREAD, RESNET, 64, (), "ddp", data="images"),
+    Row("resnet ddp", SPREAD, RESNET, 80, (), "ddp", data="images"),
     Row("lstm zero2", SPREAD, LSTM, 32, (), "zero2"),
 )
 REPEATED = ("gpt_a", "gpt_a bf16", "cnn", "lstm", "gpt_a fsdp", "gpt_a zero2")
