@@ -200,18 +200,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         place = Path(temporary)
         make_images(place)
-        for row in ROWS:
-            if options.only and row.name not in options.only:
-                continue
+        chosen = [row for row in ROWS if not options.only or row.name in options.only]
+        again = [] if options.only else [row for row in ROWS if row.name in REPEATED]
+        for row, times in [*((row, 1) for row in chosen), *((row, 3) for row in again)]:
             words = words_of(row, place)
-            wanted = 3 if row.name in REPEATED and not options.only else 1
-            while len(measured.setdefault(row.name, [])) < wanted:
+            while len(measured.setdefault(row.name, [])) < times:
                 with tempfile.TemporaryDirectory(dir=place) as once:
                     measured[row.name].append(measure(row, words, Path(once)))
                 if kept:
                     kept.write_text(json.dumps(measured))
-            rows = [result_of(row, words_of(row, Path("FOLDER")), measured[row.name])]
-            print(line(rows[0]), flush=True)
+            print(line(result_of(row, words_of(row, Path("FOLDER")), measured[row.name])), flush=True)
     if not options.only:
         rows = [result_of(row, words_of(row, Path("FOLDER")), measured[row.name]) for row in ROWS]
         result = {
