@@ -202,6 +202,7 @@ def main() -> None:
         make_images(place)
         chosen = [row for row in ROWS if not options.only or row.name in options.only]
         again = [] if options.only else [row for row in ROWS if row.name in REPEATED]
+        random.Random(0).shuffle(chosen)  # so that what an interrupted run has measured is of every kind
         for row, times in [*((row, 1) for row in chosen), *((row, 3) for row in again)]:
             words = words_of(row, place)
             while len(measured.setdefault(row.name, [])) < times:
