@@ -1,4 +1,14 @@
-"""One micro batch as a list of operations and stages, for every kind of model with a formula."""
+"""One micro batch as a list of operations and stages, for every kind of model with a formula.
+
+A network is written down once, on a tape (`tape.py`, `operations.py`), and passed through in a millisecond or two: what is
+alive at the worst moment of each stage, and which operations are done, come from the same pass. Meant are torch's eager
+kernels: torch.compile fuses, and needs less of both. Not counted: what an allocator rounds, what oneDNN packs (1 or 2 MB),
+cuBLAS' workspace.
+
+Operations are counted as they are done: recomputation, the padded rows of the vocabulary and the scores that fused attention
+computes again are in `Work.flops`, not in `flops_per_sample`, which counts what the model is; biases, norms and lookups are
+in neither a product.
+"""
 
 from __future__ import annotations
 

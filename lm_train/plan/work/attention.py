@@ -22,8 +22,8 @@ def attention(
     """Softmax(q k^T) v by the kernel that torch.nn.functional.scaled_dot_product_attention takes.
 
     Fused kernels keep their inputs, their result and a number for each row of the scores. A CPU's knows no dropout: there
-    the scores are written down, in fp32. On a GPU flash attention takes 16 bits and dropout, the memory-efficient kernel
-    what else there is; masks are broadcast, never written out.
+    the scores are written down, in fp32. On a GPU flash attention (on Hopper and Blackwell cuDNN's) takes 16 bits and dropout,
+    the memory-efficient kernel what else there is; masks are broadcast, never written out.
 
     Args:
         sizes: batch, heads, queries, keys, size of a head.
@@ -49,9 +49,11 @@ def attention(
         tape.op(name, "attention", 2.5 * flops, 2 * moved, sizes, number)
         results = tuple(tape.new(length, number) for length in lengths)
         if tape.device == "gpu":
-            tape.new(batch * heads * queries, "fp32")
-            if number != "fp32":
-                tape.new(lengths[0], "fp32")  # in which gradients of the queries are summed
+            rows = batch * heads * -(-queries // 128) * 128
+            sums, total = tape.new(rows, "fp32"), None
+            if number != "fp32":  # in which gradients of the queries are summed (flash_attn/flash_api.cpp)
+                total = tape.new(rows * -(-head_size // 32) * 32, "fp32")
+            del sums, total
         return results
 
     return tape.result(out, (q, k, v), saved, backward)

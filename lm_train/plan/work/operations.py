@@ -11,6 +11,9 @@ from typing import Literal
 from lm_train.plan.work.ops import WIDTH, Kind, Number
 from lm_train.plan.work.tape import Gradient, Group, Node, Parameter, Tape, Tensor
 
+SORTED_ABOVE = 3072
+"""More ids than so many CUDA's backward pass of an embedding sorts, and sums runs of ten of a kind in fp32 before it writes them
+(aten/src/ATen/native/cuda/EmbeddingBackwardKernel.cu); the memory is that for as many different ids as there may be."""
 Activation = Literal["gelu", "relu", "silu", "tanh", "sigmoid", "leaky_relu"]
 KEEPS_RESULT = ("relu", "tanh", "sigmoid")
 """Activations whose backward pass reads their result; that of the others reads their input."""
@@ -80,7 +83,10 @@ def embedding(tape: Tape, table: Parameter, count: int, name: str, indices: int 
     def backward(gradients: Sequence[Gradient]) -> tuple[Gradient, ...]:
         moved = 2 * count * width * WIDTH[number] + table.bytes
         tape.op(name, "lookup", 0, moved, (table.size,), number)
-        return (tape.new_gradient(table.size, number, table),)
+        result = tape.new_gradient(table.size, number, table)
+        if tape.device == "gpu" and count > SORTED_ABOVE:
+            tape.new((count // 10 + min(count, table.shape[0])) * width, "fp32")
+        return (result,)
 
     return tape.result(out, (table,), saved, backward)
 
