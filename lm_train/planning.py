@@ -97,9 +97,10 @@ def _as_text(recipe: Recipe, target: Target, made: Schedule, why: bool) -> str:
     lines += [f"note: {note}" for note in made.notes]
     if why and made.rejected:
         lines.append("rejected")
-        lines += [f"  {line}" for line in made.rejected[:SHOWN_REJECTED]]
-        if len(made.rejected) > SHOWN_REJECTED:
-            lines.append(f"  and {len(made.rejected) - SHOWN_REJECTED} more; format=json has them all")
+        shown = min(SHOWN_REJECTED, made.telling)
+        lines += [f"  {line}" for line in made.rejected[:shown]]
+        if len(made.rejected) > shown:
+            lines.append(f"  and {len(made.rejected) - shown} more; format=json has them all")
     return "\n".join(lines)
 
 

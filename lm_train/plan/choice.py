@@ -74,6 +74,18 @@ def choose(every: Sequence[Priced], aim: Aim, fixed_steps: bool) -> Priced:
     return min((one for one in affordable if cost(one) <= least * (1 + NEARLY)), key=lambda one: one.plainness)
 
 
+def ranked(every: Sequence[Priced], chosen: Priced) -> tuple[list[Priced], list[Priced]]:
+    """The others, best ones first: those on as many devices and the best on each other number of them; and the rest."""
+    others = sorted((one for one in every if one is not chosen), key=lambda one: (not one.is_affordable, one.hours))
+    near = [one for one in others if one.trial.layout.ranks == chosen.trial.layout.ranks]
+    seen = {chosen.trial.layout.ranks}
+    for one in others:
+        if one.trial.layout.ranks not in seen:
+            seen.add(one.trial.layout.ranks)
+            near.append(one)
+    return near, [one for one in others if all(one is not other for other in near)]
+
+
 def why_not(one: Priced, chosen: Priced, limits: dict[str, float], aim: Aim) -> str:
     """Why a layout that fits was not taken."""
     name = str(one.trial.group)

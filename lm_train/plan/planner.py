@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from lm_train.clusters import Numbers, check_here, find
 from lm_train.errors import UsageError
 from lm_train.hardware import Machine
-from lm_train.plan.choice import NEARLY, Priced, choose, priced, why_misfit, why_not
+from lm_train.plan.choice import NEARLY, Priced, choose, priced, ranked, why_misfit, why_not
 from lm_train.plan.counts import flops_per_sample, parameter_count, parameter_shapes
 from lm_train.plan.facts import known_facts, with_assumptions
 from lm_train.plan.forecast import Costs, hours_allowed, prediction_of
@@ -40,7 +40,9 @@ class Schedule:
 
     plan: Plan
     rejected: tuple[str, ...] = ()
-    """The other layouts, the best ones first, each with its reason."""
+    """The other layouts, each with its reason; first those that a person would ask for."""
+    telling: int = 0
+    """How many of them that are."""
     shortage: str | None = None
     """Why the budget does not pay for the whole run, if so."""
     notes: tuple[str, ...] = ()
@@ -126,11 +128,18 @@ def schedule(recipe: Recipe, target: Target, trace: bool = True, must_fit: bool 
         raise UsageError(shortage or "the budget pays for no step")
     _explain(recipe, target, chosen, every, reasons)
     prediction = _prediction(recipe, network, target, chosen, forecast)
-    others = sorted((one for one in every if one is not chosen), key=lambda one: (not one.is_affordable, one.hours))
-    rejected = [why_not(one, chosen, limits, recipe.budget.optimize) for one in others]
+    near, far = ranked(every, chosen)
+    rejected = [why_not(one, chosen, limits, recipe.budget.optimize) for one in near]
     rejected += [why_misfit(misfit) for misfit in sorted(misfits, key=lambda misfit: misfit.missing)]
+    rejected += [why_not(one, chosen, limits, recipe.budget.optimize) for one in far]
     plan = _plan(recipe, target, network, chosen.trial.layout, chosen.steps, prediction, reasons)
-    return Schedule(plan, tuple(rejected), shortage, (*notes, *_optimum(recipe, network, plan)))
+    if recipe.trainer.max_steps != "auto" and 2 < plan.paid_share < math.inf:
+        notes.append(
+            f"the budget pays for {plan.paid_share:.1f} times as much; trainer.max_steps=auto trains for as long as it lasts"
+        )
+    return Schedule(
+        plan, tuple(rejected), len(near) + len(misfits), shortage, (*notes, *_optimum(recipe, network, plan))
+    )
 
 
 def _budget_problems(recipe: Recipe, target: Target) -> list[str]:

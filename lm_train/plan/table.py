@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -9,6 +10,8 @@ from lm_train.plan.plan import Plan, size_of
 from lm_train.plan.prediction import Interval, Prediction
 
 UNKNOWN = "known with the data"
+REASON_WIDTH = 76
+"""Characters of a line of reasons."""
 REASONS_FROM = 62
 """Column beyond which a long value does not push the reasons of the other lines."""
 
@@ -25,7 +28,12 @@ def plan_table(plan: Plan) -> str:
     if plan.prediction is not None:
         rows += _foretold(plan, plan.prediction)
     width = max(len(row.value) for row in rows if len(row.value) <= REASONS_FROM)
-    return "\n".join(f"  {name:<13} {value:<{width}}  {reason}".rstrip() for name, value, reason in rows)
+    lines = []
+    for name, value, reason in rows:
+        first, *further = textwrap.wrap(reason, REASON_WIDTH) or [""]
+        lines.append(f"  {name:<13} {value:<{width}}  {first}".rstrip())
+        lines += [f"  {'':<13} {'':<{width}}  {line}" for line in further]
+    return "\n".join(lines)
 
 
 def _decisions(plan: Plan) -> Iterator[Row]:
