@@ -31,9 +31,9 @@ from lm_train.recipe import Recipe, dump
 
 TIMEOUT_S = 120.0
 """For one trace, start of the process included."""
-SIZES = (2, 4)
+SIZES = (16, 32)
 """Micro batches that are traced; any other of at least 2 samples follows from them. One sample is traced by itself, since
-tensors with a dimension of 1 are laid out, and so copied, otherwise."""
+tensors with a dimension of 1 are laid out, and so copied, otherwise. Of fewer than 16 samples torch takes other convolutions."""
 _PACKAGES = ("torch", "lightning", "transformers", "torchmetrics")
 
 

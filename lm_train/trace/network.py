@@ -23,13 +23,17 @@ OWN_WEIGHTS = ("hf", "custom")
 
 
 def plan_of(layout: Layout, task: Task) -> Plan:
-    """As much of a plan as networks and training modules read: of one process."""
+    """As much of a plan as networks and training modules read: of one process.
+
+    Where a strategy casts the weights it casts what goes into the network, too; ZeRO's name makes the modules do so.
+    """
+    casts = layout.precision.endswith("-mixed") and lowered(layout) is not None
     return Plan.model_construct(
         task=task,
         accelerator=layout.accelerator,
         nodes=1,
         devices=1,
-        strategy=layout.strategy,
+        strategy="zero3" if casts else "single",
         precision=layout.precision,
         global_batch_size=layout.micro_batch_size * 2,
         micro_batch_size=layout.micro_batch_size,
@@ -46,7 +50,7 @@ def lowered(layout: Layout) -> torch.dtype | None:
     cast = layout.strategy == "fsdp" or layout.strategy.startswith("zero")
     if layout.precision == "bf16-true" or (layout.precision == "bf16-mixed" and cast):
         return torch.bfloat16
-    return torch.float16 if layout.precision == "16-mixed" and layout.strategy.startswith("zero") else None
+    return torch.float16 if layout.precision == "16-mixed" and cast else None
 
 
 def autocast(layout: Layout) -> contextlib.AbstractContextManager[Any]:
@@ -87,11 +91,11 @@ def fake_network(recipe: Recipe, plan: Plan, facts: DataFacts, layout: Layout, f
     else:
         net = models.build(section, plan, facts, initialise=False)
     with fakes:
-        _make_fake(net, lowered(layout), casts_buffers=layout.strategy != "fsdp")
+        _make_fake(net, lowered(layout))
     return net
 
 
-def _make_fake(net: nn.Module, dtype: torch.dtype | None, casts_buffers: bool) -> None:
+def _make_fake(net: nn.Module, dtype: torch.dtype | None) -> None:
     """Puts fakes in the place of parameters and buffers, shared ones shared as before; call it in a fake mode."""
     made: dict[int, Tensor] = {}
 
@@ -105,7 +109,7 @@ def _make_fake(net: nn.Module, dtype: torch.dtype | None, casts_buffers: bool) -
         return made[id(tensor)]
 
     kept: list[Any] = []  # so that no id is given twice
-    keeps_buffers = not casts_buffers or isinstance(net, HuggingFaceNet)
+    keeps_buffers = isinstance(net, HuggingFaceNet)
     for module in net.modules():
         for name, parameter in list(module._parameters.items()):
             if parameter is not None:

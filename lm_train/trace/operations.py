@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from lm_train.plan.work import Kind, Number
 
@@ -91,16 +91,12 @@ def _bytes(tensor: Tensor) -> int:
 
 
 def _flops(func: Any, name: str, args: Any, kwargs: Any, out: Any) -> float:
-    """torch's own count, but for what it leaves out on a CPU: fused attention and mkldnn's LSTM.
-
-    The backward pass of an attention counts as twice its forward pass, whether or not the kernel computes the scores again.
-    """
-    if name.startswith("_scaled_dot_product"):
-        backward = name.endswith("backward")
-        query, key, value = args[1:4] if backward else args[:3]
-        batch, heads, queries, head_size = query.shape
-        forward = 2.0 * batch * heads * queries * key.shape[2] * (head_size + value.shape[3])
-        return 2 * forward if backward else forward
+    """torch's own count, and by its formulas what it leaves out on a CPU: fused attention, whose backward pass computes the
+    scores again, and mkldnn's LSTM."""
+    if name == "_scaled_dot_product_flash_attention_for_cpu":
+        return float(sdpa_flop_count(*(tensor.shape for tensor in args[:3])))
+    if name == "_scaled_dot_product_flash_attention_for_cpu_backward":
+        return float(sdpa_backward_flop_count(*(tensor.shape for tensor in args[:4])))
     if name.startswith("mkldnn_rnn_layer"):
         steps, rows = args[0].shape[:2]
         forward = 2.0 * steps * rows * (args[1].numel() + args[2].numel())

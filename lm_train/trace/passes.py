@@ -45,7 +45,7 @@ def run_passes(
         evaluation: of a validation.
         micro_batches: of the training, one after the other; the summary reads the first.
     """
-    low = lowered(layout) if layout.strategy != "fsdp" or layout.precision == "bf16-true" else None
+    low = lowered(layout)
     batch, evaluation = _cast(batch, low), _cast(evaluation, low)
     for parameter in net.parameters():
         parameter.grad = None
@@ -66,6 +66,7 @@ def run_passes(
         module.eval()
         with torch.no_grad(), autocast(layout):
             _evaluate(module, evaluation)
+    recorder.finish()
     return Passes(recorder.recording, frozenset(given), frozenset(gradients), bytes_of(batch))
 
 

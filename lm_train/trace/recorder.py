@@ -100,7 +100,7 @@ class Recorder(TorchDispatchMode):
         self._nodes: list[int] = []
         self._places: list[tuple[int, str]] = []
         self._place = (0, "")
-        self._accumulates = False
+        self._accumulates = self._finished = False
 
     phase: Phase
 
@@ -117,6 +117,10 @@ class Recorder(TorchDispatchMode):
     def known(self, tensors: Iterable[Tensor]) -> set[int]:
         """Makes storages known that are there already; their numbers."""
         return {self._number(tensor) for tensor in tensors}
+
+    def finish(self) -> None:
+        """What dies from now on is no part of the recording."""
+        self._finished = True
 
     def numbers_of(self, tensors: Iterable[Tensor]) -> set[int]:
         """The numbers of storages that are alive."""
@@ -226,4 +230,5 @@ class Recorder(TorchDispatchMode):
         return number
 
     def _event(self, number: int, what: Literal["birth", "death", "arrival"]) -> None:
-        self.recording.events.append(Event(number, what, self.micro, self.phase, self._place[0]))
+        if not self._finished:
+            self.recording.events.append(Event(number, what, self.micro, self.phase, self._place[0]))

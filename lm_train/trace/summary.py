@@ -148,8 +148,9 @@ def _counted(size: float, logits: float = 0) -> Moment:
 
 def envelope(sizes: tuple[int, int], one: list[Moment], two: list[Moment]) -> tuple[Line, ...]:
     """The lines that are the highest for some size from 1 on."""
-    if len(one) != len(two):  # the moments cannot be told apart: the peaks alone
-        one, two = [max(one)], [max(two)]
+    if len(one) != len(two):  # other kernels for another size: the greater one's peak, in proportion
+        one, two = [_NOTHING], [max(two)]
+        sizes = (0, sizes[1])
     by_slope: dict[float, Line] = {}
     for line in {_line(sizes, a.alive, b.alive, a.logits, b.logits) for a, b in zip(one, two, strict=True)}:
         known = by_slope.get(line.slope)
