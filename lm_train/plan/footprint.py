@@ -29,12 +29,19 @@ CPU_RUNTIME = 27 << 20
 (measured, `benchmarks/memory.py`)."""
 DEEPSPEED = 58 << 20
 """What DeepSpeed's modules and its engine hold besides on a CPU (measured, `benchmarks/memory.py`)."""
-GPU_CONTEXT = 600 << 20
-"""Estimate: CUDA context, cuBLAS workspace and loaded kernels of a process; 0.3 to 0.5 GB are reported for the context alone."""
-NCCL = 500 << 20
-"""Estimate: buffers of one NCCL communicator with its channels."""
-GPU_FRAGMENTS = 0.04
-"""Estimate: share of what is allocated that the caching allocator holds besides, by rounding and fragments."""
+GPU_CONTEXT = 480 << 20
+"""Estimate: CUDA context with the kernels in use of one process. 426 MiB were measured on an RTX 6000 Ada with torch 2.10 for the
+empty context (github.com/unslothai/unsloth-zoo/pull/1053), about 300 to 400 are torch's maintainers' figure since CUDA 11.7
+(github.com/pytorch/pytorch issues 107667, 109888)."""
+CUBLAS = {True: 64 << 20, False: 12 << 20}
+"""Workspaces of cuBLAS and cuBLASLt, by whether it is a Hopper or newer: 32 MiB each, else 8 and up to 4
+(github.com/pytorch/pytorch/pull/120925)."""
+NCCL = 600 << 20
+"""Estimate: buffers of one communicator, 4 MiB and more for each channel and connection (github.com/NVIDIA/nccl issues 391, 986);
+1.06 GB with the context were seen on 8 H100 before an all-to-all (issue 1685)."""
+GPU_FRAGMENTS = 0.05
+"""Estimate: share of what is allocated that the caching allocator cannot use, by rounding and fragments. It reserves more as long
+as there is room (a quarter to a third in github.com/pytorch/torchtitan/pull/135), and gives that back before it fails."""
 
 
 def memory_of(
@@ -80,7 +87,7 @@ def memory_of(
         activations=worst.activations,
         logits=worst.logits,
         buffers=worst.buffers,
-        reserve=_reserve(layout, parameters + optimizer + worst.total),
+        reserve=_reserve(layout, cluster, parameters + optimizer + worst.total),
         moment=worst.name,
         host=on_host,
         relative_error=RELATIVE_ERROR[layout.accelerator],
@@ -88,8 +95,10 @@ def memory_of(
     )
 
 
-def _reserve(layout: Layout, used: int) -> int:
-    """What the runtime holds: on a CPU the process itself and its libraries, on a GPU context, NCCL and fragments."""
+def _reserve(layout: Layout, cluster: Cluster, used: int) -> int:
+    """What the runtime holds: on a CPU the process itself and its libraries; on a GPU context, workspaces, NCCL, fragments."""
     if layout.accelerator == "cpu":
         return BARE_PROCESS + CPU_RUNTIME + (DEEPSPEED if layout.strategy.startswith("zero") else 0)
-    return GPU_CONTEXT + (NCCL if layout.ranks > 1 else 0) + round(GPU_FRAGMENTS * used)
+    capability = cluster.device.compute_capability
+    workspaces = CUBLAS[capability is None or capability >= (9, 0)]
+    return GPU_CONTEXT + workspaces + (NCCL if layout.ranks > 1 else 0) + round(GPU_FRAGMENTS * used)

@@ -95,7 +95,7 @@ class Moments:
             case _:
                 yield from self._zero_3()
         if validates:
-            yield self._validation()
+            yield from self._validation()
 
     def _replicated(self) -> Iterator[Moment]:
         """single: Lightning sets gradients to None after the forward pass, so that the last step's are there in it; in the
@@ -189,7 +189,8 @@ class Moments:
         yield Moment(REDUCTION, self.state.gradients, self.batches, 0, self.bucket + moving + last)
 
     def _gathered(self, stage: int, forward: bool) -> int:
-        """Elements that ZeRO-3 has gathered, with those of the flat copy that they come from."""
+        """Elements that ZeRO-3 has gathered, with the flat copy that they come from: it lives until the last parameter in it is
+        used, which behind the last unit is the case."""
         sizes = [each.parameters for each in self.stages]
         before, own, after = sizes[:stage], sizes[stage], sum(sizes[stage + 1 :])
         rest = own + after
@@ -199,11 +200,12 @@ class Moments:
                 kept += size
             rest += size
         if forward:
-            return kept + own + min(FETCHED_AHEAD, after) + min(FETCHED_AHEAD, self.total)
+            flat = min(FETCHED_AHEAD, self.total) if any(self.units[stage:]) else 0
+            return kept + own + min(FETCHED_AHEAD, after) + flat
         missing = min(FETCHED_AHEAD, sum(before) - kept)
         return kept + own + 2 * missing
 
-    def _validation(self) -> Moment:
+    def _validation(self) -> Iterator[Moment]:
         """Lightning sets gradients to None before a validation; ddp's buckets and ZeRO-3's gradients stay."""
         gradients, buffers = 0, 0
         match self.layout.strategy:
@@ -213,9 +215,10 @@ class Moments:
                 buffers = self.width * (self.root + max(2, 2 + self.gloo) * max((*self.units, 0)))
             case "zero3" | "zero3_offload":
                 gradients = self.state.gradients
-                gathered = max((self._gathered(i, forward=True) for i in range(len(self.stages))), default=0)
-                buffers = self.bucket + self.width * gathered
-        return Moment(VALIDATION, gradients, self.batches + self.work.evaluation_peak, 0, buffers)
+                held = [self.width * self._gathered(i, forward=True) for i in range(len(self.stages))]
+                yield Moment(VALIDATION, gradients, self.batches, 0, self.bucket + max(held))
+                buffers = self.bucket + held[-1]
+        yield Moment(VALIDATION, gradients, self.batches + self.work.evaluation_peak, 0, buffers)
 
     def _forward(self, stage: Stage, gradients: int, buffers: int = 0) -> Moment:
         rest = self.batches + stage.forward_peak - stage.forward_logits
