@@ -33,16 +33,21 @@ WEIGHTS = (
     (3072, 768),
     (768, 3072),
     (8192, 256),
+    (512, 512),
+    (2048, 512),
+    (512, 2048),
+    (8192, 512),
+    (3072, 6144),
 )
 """(columns, inner) of the matrix products: about those of networks from 64 to 768 wide, their heads included."""
 LARGE_WEIGHTS = ((2048, 2048), (8192, 2048), (2048, 8192), (4096, 4096), (50304, 768))
 """For GPUs besides."""
-LARGEST_FLOPS = {"cpu": 2e9, "cuda": 2e12}
-ELEMENTS = (2**8, 2**12, 2**15, 2**18, 2**20, 2**22, 2**24)
+LARGEST_FLOPS = {"cpu": 2.2e9, "cuda": 2e12}
+ELEMENTS = (2**8, 2**15, 2**18, 2**20, 2**22, 2**24)
 """The last is more than what glibc's malloc keeps to itself: tensors of that size are new pages every time, in training too."""
 ATTENTIONS = tuple(
     (batch, heads, length, length, size)
-    for batch, heads in ((1, 4), (8, 4), (16, 12))
+    for batch, heads in ((2, 4), (16, 8))
     for length in (32, 128, 512, 1024)
     for size in (32, 64)
 )
@@ -56,8 +61,22 @@ CONVOLUTIONS = (
     (64, 1, 32, 28, 28, 3),
     (64, 32, 64, 14, 14, 3),
     (128, 16, 32, 8, 8, 1),
+    (8, 3, 32, 64, 64, 3),
+    (8, 32, 64, 32, 32, 3),
+    (8, 64, 128, 16, 16, 3),
+    (8, 128, 256, 16, 16, 3),
 )
-RECURRENTS = ((16, 32, 64, 64), (16, 64, 128, 128), (64, 32, 128, 128), (16, 64, 256, 256), (64, 64, 128, 256))
+RECURRENTS = (
+    (16, 32, 64, 64),
+    (16, 64, 128, 128),
+    (64, 32, 128, 128),
+    (16, 64, 256, 256),
+    (64, 64, 128, 256),
+    (32, 32, 512, 512),
+)
+COPIED = 24 << 20
+"""Bytes of inputs that are taken in turns. What the backward pass reads was made long ago; the forward pass reads what the
+operation before has just made."""
 WIDE = 256
 """Values of a row, for what works along rows."""
 VOCABULARY = 2048
@@ -119,7 +138,8 @@ class _Makers:
         self, kind: Kind, variant: str, backward: bool, shape: tuple[int, ...], size: float, make: Callable[[], Call]
     ) -> Timed:
         name = f"{kind} {variant} {'backward' if backward else 'forward'} {self.number} {shape}"
-        return Timed(Case(name, make), variant, kind, backward, self.number, shape, size)
+        copies = min(4 if backward else 2, max(1, COPIED // max(1, int(size))))
+        return Timed(Case(name, make, copies), variant, kind, backward, self.number, shape, size)
 
     def products(self, most: float) -> Iterator[Timed]:
         weights = WEIGHTS + (LARGE_WEIGHTS if self.device.type == "cuda" else ())

@@ -21,8 +21,8 @@ from lm_train.recipe import load
 from lm_train.strategy import clip_gradients
 
 OPTIMIZERS = ("adamw", "adam", "sgd", "adagrad", "rmsprop")
-ELEMENTS = (2**6, 2**10, 2**14, 2**17, 2**20, 2**22, 2**24)
-MANY = 8
+ELEMENTS = (2**6, 2**11, 2**15, 2**18, 2**20, 2**22)
+MANY = 4
 """Tensors of one pass, whose seconds are divided among them."""
 CHAIN = 24
 """Pairs of small operations by which their overhead in a network is measured."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -20,6 +21,8 @@ class Case:
     name: str
     make: Callable[[], Call]
     """Gives what is called again and again."""
+    copies: int = 1
+    """How often it is made: as many sets of tensors are taken in turns, so that they do not stay in a cache."""
     rounds: list[float] = field(default_factory=list)
     """Seconds of one call, a figure a round."""
 
@@ -44,35 +47,54 @@ class Patience:
     """Work that a case may have, as a share of what a full calibration measures."""
 
 
-FULL = Patience(rounds=3, seconds=0.02, largest=1.0)
+FULL = Patience(rounds=2, seconds=0.008, largest=1.0)
+HELD = 1 << 25
+"""Bytes of results that stay alive: above the caches of a CPU, and as a network keeps them."""
 QUICK = Patience(rounds=1, seconds=0.004, largest=0.05)
 
 
 def time_all(cases: Sequence[Case], patience: Patience, device: torch.device) -> None:
     """Round after round through all cases, so that a disturbance spoils one figure of several cases, not all of one.
 
-    A round's figure is its fastest call on a CPU, where whatever else runs only ever adds; on a GPU the mean of calls that are
-    queued one behind the other. Where several processes measure at once, they begin each case together.
+    A round's figure is the lower quartile of its calls on a CPU, where whatever else runs only ever adds; on a GPU the mean of
+    calls that are queued one behind the other. On a CPU tensors are not found in the caches as they would be after a call with
+    the same ones: several sets of inputs are taken in turns, and results stay alive. Where several processes measure at once,
+    they begin each case together.
     """
     for turn in range(patience.rounds):
         order = cases if turn % 2 == 0 else list(reversed(cases))
         for case in order:
-            call = case.make()
-            call()
+            calls = [case.make() for _ in range(case.copies if device.type == "cpu" else 1)]
+            made = calls[0]()
             if dist.is_initialized():
                 dist.barrier()
-            case.rounds.append(_on_gpu(call, patience) if device.type == "cuda" else _on_cpu(call, patience))
-            del call
+            if device.type == "cuda":
+                case.rounds.append(_on_gpu(calls[0], patience))
+            else:
+                case.rounds.append(_on_cpu(calls, patience, max(1, min(64, HELD // max(1, _size(made))))))
+            del calls, made
 
 
-def _on_cpu(call: Call, patience: Patience) -> float:
-    fastest, began, calls = float("inf"), time.perf_counter(), 0
-    while calls < 3 or time.perf_counter() - began < patience.seconds:
+def _on_cpu(calls: Sequence[Call], patience: Patience, held: int) -> float:
+    """Of one call, with the last `held` results alive, as a network keeps them for its backward pass."""
+    results: deque[object] = deque(maxlen=held)
+    for call in calls:
+        results.append(call())
+    seconds: list[float] = []
+    began = time.perf_counter()
+    while len(seconds) < 3 or time.perf_counter() - began < patience.seconds:
+        call = calls[len(seconds) % len(calls)]
         before = time.perf_counter()
-        call()
-        fastest = min(fastest, time.perf_counter() - before)
-        calls += 1
-    return fastest
+        results.append(call())
+        seconds.append(time.perf_counter() - before)
+    return sorted(seconds)[len(seconds) // 4]
+
+
+def _size(made: object) -> int:
+    """Bytes of the tensors that a call gave."""
+    if isinstance(made, torch.Tensor):
+        return made.nbytes
+    return sum(map(_size, made)) if isinstance(made, tuple | list) else 0
 
 
 def _on_gpu(call: Call, patience: Patience) -> float:
