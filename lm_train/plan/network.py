@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from lm_train.errors import DataError, UsageError
@@ -15,7 +16,7 @@ from lm_train.plan.memory import checkpoint_bytes
 from lm_train.plan.prediction import Interval, MemoryPrediction, TimePrediction
 from lm_train.plan.rates import Rates, rates_of
 from lm_train.plan.target import Target
-from lm_train.plan.traced import SIZES, Untraceable, trace_of
+from lm_train.plan.traced import SIZES, Untraceable, trace_of, traces_of
 from lm_train.plan.work import Work, work_of
 from lm_train.recipe import Recipe, Task, task_of
 
@@ -178,10 +179,18 @@ def network_of(recipe: Recipe) -> Network:
     return Network(task, facts, shapes, not assumed, flops, notes)
 
 
-def traced(recipe: Recipe, network: Network, layout: Layout) -> Network:
-    """The network counted by running it without values, in a process with torch; if that cannot be, with a note why."""
+def traced(recipe: Recipe, network: Network, layout: Layout, others: Iterable[Layout]) -> Network:
+    """The network counted by running it without values, in a process with torch; if that cannot be, with a note why.
+
+    Args:
+        recipe: names model and data.
+        network: what is known of it so far.
+        layout: of which the counts are.
+        others: layouts that will be asked for; the same process traces them.
+    """
     complete, assumed = with_assumptions(recipe, network.facts)
-    found = trace_of(recipe, complete, replace(layout, micro_batch_size=SIZES[0]))
+    wanted = [replace(one, micro_batch_size=SIZES[0]) for one in (layout, *others)]
+    found = traces_of(recipe, complete, wanted)[0]
     if isinstance(found, Untraceable):
         return replace(network, notes=(*network.notes, f"nothing can be foretold: {found.reason}"))
     notes = (f"with {assumed}, until the data are read",) if assumed else ()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from lm_train.clusters import Numbers, check_here, find
@@ -17,7 +18,16 @@ from lm_train.plan.layout import Layout
 from lm_train.plan.memory import state_bytes
 from lm_train.plan.nearest import nothing_fits
 from lm_train.plan.network import Forecaster, Network, network_of, traced
-from lm_train.plan.options import Group, layout_of, machine_problems, micro_batches, precision_for, sizes
+from lm_train.plan.options import (
+    Group,
+    groups,
+    layout_of,
+    machine_problems,
+    micro_batches,
+    precision_for,
+    recomputations,
+    sizes,
+)
 from lm_train.plan.plan import Plan
 from lm_train.plan.prediction import Interval, Prediction
 from lm_train.plan.search import Misfit, Trial, explore
@@ -99,7 +109,7 @@ def schedule(recipe: Recipe, target: Target, trace: bool = True, must_fit: bool 
         if not target.machine.gpus:
             reasons |= ruled
         if trace or target.machine.gpus:
-            network = traced(recipe, network, by_rule)
+            network = traced(recipe, network, by_rule, _asked_for(recipe, target, total, open_sizes))
             forecast = Forecaster.of(recipe, network, target)
     if forecast is None:
         assert by_rule is not None
@@ -140,6 +150,15 @@ def schedule(recipe: Recipe, target: Target, trace: bool = True, must_fit: bool 
     return Schedule(
         plan, tuple(rejected), len(near) + len(misfits), shortage, (*notes, *_optimum(recipe, network, plan))
     )
+
+
+def _asked_for(recipe: Recipe, target: Target, total: int, sizes: list[tuple[int, int]]) -> Iterator[Layout]:
+    """One layout of each kind that the search will ask for."""
+    if target.machine.gpus:
+        for group in groups(recipe, target, sizes):
+            for recomputed in recomputations(recipe):
+                micro = micro_batches(recipe, total, group.ranks)[0]
+                yield layout_of(group, recipe, target, total, micro, recomputed, 1, 0)
 
 
 def _budget_problems(recipe: Recipe, target: Target) -> list[str]:
