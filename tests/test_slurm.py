@@ -127,7 +127,9 @@ class Site:
         return int(re.findall(r"Restarts=(\d+)", self.call("scontrol", "show", "job", job))[-1])
 
     def output(self, job: str) -> str:
-        return "".join(file.read_text() for file in sorted(self.folder.glob(f"slurm-{job}*.out")))
+        """Wherever it was submitted from."""
+        files = [file for folder in (self.folder, self.checkout) for file in sorted(folder.glob(f"slurm-{job}*.out"))]
+        return "".join(file.read_text() for file in files)
 
     def wait(self, what: str, ready: Callable[[], object], job: str = "", timeout: float = 120) -> None:
         deadline = time.monotonic() + timeout
@@ -434,3 +436,35 @@ def test_a_job_beyond_its_partition_is_refused_before_slurm_has_it(site: Site) -
     done = lm_train(site, "plan", *site.words("cluster.partition=shrt"))
     assert done.returncode == 2
     assert "Slurm has no partition shrt; did you mean short? There are main, short" in done.stderr
+
+
+TWO_NODES = """
+import sys
+from pathlib import Path
+from lm_train import sbatch
+from lm_train.clusters import find
+from lm_train.hardware import Machine
+from lm_train.plan import make_plan
+from lm_train.recipe import load
+from lm_train.slurm import Allocation
+
+recipe = load(sys.argv[1:])
+step = Allocation("0", "0", nodes=2, tasks_per_node=1, node_rank=0, local_task=0, node_name="n1")
+plan = make_plan(recipe, Machine(2, ()), step)
+sbatch.write(Path("job.sbatch"), sys.argv[1:], recipe, plan, find(recipe.cluster, Machine(2, ()), step))
+"""
+
+
+@pytest.mark.slow
+def test_both_nodes_follow_the_plan_of_the_job(site: Site, plain: RunFolder) -> None:
+    command = (sys.executable, "-c", TWO_NODES, *site.words())
+    subprocess.run(command, cwd=site.checkout, env=site.environment, check=True)
+    done = lm_train(site, "submit", "job=job.sbatch")
+    assert done.returncode == 0, done.stderr
+    job = done.stdout.splitlines()[-1]
+    site.jobs.append(job)
+    output = site.finish(job)
+    assert site.state(job) == "COMPLETED", output
+    run = RunFolder(site.checkout / "runs" / f"gpt_debug-{job}")
+    assert json.loads(run.plan.read_text())["nodes"] == 2
+    assert_same_losses(run, plain)
