@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from lm_train.clusters import peak_flops
+from lm_train.clusters import cluster_named, peak_flops
 from lm_train.errors import UsageError
 from lm_train.hardware import GPU, Machine, this_machine
-from lm_train.plan import Plan, make_plan, plan_table
+from lm_train.plan import Plan, Target, make_plan, plan_table, schedule
 from lm_train.recipe import load
 
 CPU = Machine(cpu_cores=6, gpus=())
@@ -321,3 +321,12 @@ def test_compiling_without_a_compiler_is_refused(monkeypatch: pytest.MonkeyPatch
     for machine, package in ((CPU, "g++"), (gpus(1), "gcc")):
         with pytest.raises(UsageError, match=rf"apt-get install {re.escape(package)}, or trainer.compile=false"):
             plan(machine, "trainer.compile=true")
+
+
+def test_what_is_offloaded_must_fit_into_the_host() -> None:
+    recipe = load(["recipe=llama_8b", "trainer.strategy=zero3_offload", "cluster=rtx4090"])
+    with pytest.raises(UsageError) as error:
+        schedule(recipe, Target.described(cluster_named("rtx4090")))
+    assert re.search(r"needs 23\d\.\d GB of host memory, where its share of the node is 64\.0 GB; ", str(error.value))
+    roomy = cluster_named("rtx4090").model_copy(update={"host_memory_bytes": 300 * 10**9})
+    assert schedule(recipe, Target.described(roomy)).plan.strategy == "zero3_offload"

@@ -113,5 +113,6 @@ def _longer(times: float) -> str:
 
 def why_misfit(misfit: Misfit) -> str:
     """What an unfit kind of layout lacks, and the smallest change that would make it fit."""
-    over = f"{misfit.missing / 1e9:.1f} GB over at micro batch {misfit.layout.micro_batch_size}"
+    which = " of host memory" if misfit.memory.missing_on_host == misfit.missing else ""
+    over = f"{misfit.missing / 1e9:.1f} GB{which} over at micro batch {misfit.layout.micro_batch_size}"
     return f"{misfit.group}: {over}" + (f"; fits with {misfit.fix}" if misfit.fix else "")

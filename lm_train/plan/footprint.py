@@ -92,6 +92,7 @@ def memory_of(
         host=on_host,
         relative_error=RELATIVE_ERROR[layout.accelerator],
         capacity=cluster.device.memory_bytes,
+        host_capacity=cluster.host_memory_bytes // layout.devices if layout.accelerator == "gpu" else 0,
     )
 
 

@@ -24,10 +24,11 @@ def nothing_fits(
     least = min(misfits, key=lambda misfit: misfit.missing)
     device, memory = target.cluster.device, least.memory
     where = f"a process here, which has {_gb(memory.capacity)}" if device.accelerator == "cpu" else device.name
-    said = (
-        f"nothing fits into {where}: {least.group} with micro batch {least.layout.micro_batch_size} needs {_gb(memory.high)} of "
-        f"{_gb(memory.capacity)}"
-    )
+    on_host = memory.missing_on_host == least.missing
+    needs = f"{_gb(memory.high)} of {_gb(memory.capacity)}"
+    if on_host:
+        needs = f"{_gb(memory.host)} of host memory, where its share of the node is {_gb(memory.host_capacity)}"
+    said = f"nothing fits into {where}: {least.group} with micro batch {least.layout.micro_batch_size} needs {needs}"
     fixable = next((misfit for misfit in sorted(misfits, key=lambda m: m.missing) if misfit.fix), None)
     if fixable is not None:
         return f"{said}; {fixable.group} fits with {fixable.fix}"

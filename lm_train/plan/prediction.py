@@ -52,6 +52,8 @@ class MemoryPrediction(_Frozen):
     """The peak is expected within this share of the sum."""
     capacity: int
     """Bytes that the device has; 0: unknown."""
+    host_capacity: int = 0
+    """Bytes of host memory that are a GPU's share; 0: unknown, or the same memory as the device's."""
 
     @property
     def total(self) -> int:
@@ -72,7 +74,17 @@ class MemoryPrediction(_Frozen):
 
     @property
     def fits(self) -> bool:
-        return self.capacity == 0 or self.high <= self.capacity
+        return self.missing <= 0
+
+    @property
+    def missing(self) -> int:
+        """Bytes over what there is, of the device's memory or where that lacks more of the host's; 0 or less: it fits."""
+        return max(self.high - self.capacity if self.capacity else 0, self.missing_on_host)
+
+    @property
+    def missing_on_host(self) -> int:
+        """The same of host memory alone."""
+        return max(0, self.host - self.host_capacity) if self.host_capacity else 0
 
 
 class TimePrediction(_Frozen):

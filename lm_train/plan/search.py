@@ -53,7 +53,7 @@ class Misfit:
     @property
     def missing(self) -> int:
         """Bytes."""
-        return self.memory.high - self.memory.capacity
+        return self.memory.missing
 
 
 def explore(
