@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from lm_train import plugins
+from lm_train.calibrate.probe import corrected, probe_step
 from lm_train.clusters import find
 from lm_train.errors import ExitCode, UsageError
 from lm_train.hardware import this_machine
-from lm_train.plan import Schedule, Target, plan_table, schedule
+from lm_train.plan import Schedule, Target, plan_table, schedule, size_of, with_measured_step
 from lm_train.recipe import Recipe, load
 from lm_train.recipe.explain import nearest, shown
 from lm_train.sbatch import write
@@ -19,6 +21,7 @@ from lm_train.slurm import current_allocation
 
 WORDS: dict[str, tuple[str, ...]] = {
     "why": ("true", "false"),
+    "probe": ("true", "false"),
     "format": ("text", "json"),
     "sbatch": (),
 }
@@ -31,7 +34,7 @@ def plan(words: Sequence[str]) -> int:
     """Prints the plan for a recipe, with why not another if asked to, and writes its job file.
 
     Args:
-        words: a recipe's, and `why=true format=json sbatch=PATH`.
+        words: a recipe's, and `why=true probe=true format=json sbatch=PATH`.
 
     Returns:
         DONE; USAGE where the budget does not pay for the steps that the recipe fixes, after the plan.
@@ -47,6 +50,8 @@ def plan(words: Sequence[str]) -> int:
     if target.allocation is not None and not target.allocation.is_primary:
         return ExitCode.DONE
     made = schedule(recipe, target)
+    if own.get("probe") == "true":
+        made = _probed(recipe, target, made)
     print(_as_json(made) if own.get("format") == "json" else _as_text(recipe, target, made, own.get("why") == "true"))
     if made.shortage is not None:
         raise UsageError(made.shortage)
@@ -90,6 +95,22 @@ def split_words(words: Iterable[str], own: dict[str, tuple[str, ...]]) -> tuple[
     if problems:
         raise UsageError(problems)
     return found, rest
+
+
+def _probed(recipe: Recipe, target: Target, made: Schedule) -> Schedule:
+    """The schedule corrected by a few real steps of its layout."""
+    measured = probe_step(recipe, made.plan, target.cluster, target.allocation)
+    told = made.plan.prediction
+    seen = f"a probe's step took {measured.step_seconds:.3g} s and {size_of(measured.peak_bytes)}"
+    if told is None:
+        return replace(made, notes=(*made.notes, seen))
+    fixed = recipe.trainer.max_steps != "auto"
+    plan = with_measured_step(made.plan, corrected(told.step, measured), fixed)
+    seen += f"; foretold were {told.step.seconds:.3g} s and {size_of(told.memory.total)}"
+    shortage = made.shortage
+    if fixed and plan.paid_share < 1 and shortage is None:
+        shortage = f"the budget pays for about {plan.paid_share:.0%} of {plan.max_steps:,} steps at the probe's speed"
+    return replace(made, plan=plan, shortage=shortage, notes=(*made.notes, seen))
 
 
 def _as_text(recipe: Recipe, target: Target, made: Schedule, why: bool) -> str:

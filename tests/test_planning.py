@@ -182,3 +182,22 @@ def test_text_and_json_say_the_same(capsys: pytest.CaptureFixture[str]) -> None:
     assert content["plan"]["strategy"] in text
     assert f"{content['plan']['max_steps']:,} of " in text
     assert set(content) == {"plan", "rejected", "notes", "shortage"}
+
+
+def test_probe_corrects_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    """Real steps on this machine: the step's time is the measured one, and the run's hours follow from it."""
+    tiny = "model={kind: gpt, n_layer: 1, n_head: 2, n_embd: 32, block_size: 32}"
+    words = ["recipe=gpt_debug", tiny, "data.tokenizer=bytes", "trainer.max_steps=50", "format=json"]
+    assert cli.main(["plan", *words]) == 0
+    before = json.loads(capsys.readouterr().out)["plan"]["prediction"]
+    assert cli.main(["plan", *words, "probe=true"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    after = told["plan"]["prediction"]
+    parts = ("compute", "communication", "optimizer", "data", "host")
+    seconds, foretold = (sum(one["step"][part] for part in parts) for one in (after, before))
+    assert after["step"]["source"].startswith("a probe of 3 steps")
+    assert f"{seconds:.3g} s" in told["notes"][-1]
+    moved = (after["hours"]["value"] - before["hours"]["value"]) * 3600
+    assert moved == pytest.approx(50 * (seconds - foretold), rel=1e-6)
+    assert cli.main(["plan", "recipe=gpt_debug", "cluster=h100", "probe=true"]) == 2
+    assert "a probe runs on the machine itself" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from lm_train.plan.counts import flops_per_sample, parameter_count, parameter_shapes
 from lm_train.plan.counts.dense import pooled_shape
 from lm_train.plan.facts import DataFacts, known_facts, with_assumptions
+from lm_train.plan.forecast import with_measured_step
 from lm_train.plan.given import made_for, plan_for
 from lm_train.plan.layout import Layout, Precision, Strategy
 from lm_train.plan.memory import StateBytes, checkpoint_bytes, state_bytes
@@ -43,4 +44,5 @@ __all__ = [
     "size_of",
     "state_bytes",
     "with_assumptions",
+    "with_measured_step",
 ]

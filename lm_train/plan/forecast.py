@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from lm_train.clusters import Cluster
 from lm_train.plan.duration import run_hours
 from lm_train.plan.layout import Layout
+from lm_train.plan.plan import Plan
 from lm_train.plan.prediction import Interval, MemoryPrediction, Prediction, TimePrediction
 
 END_SECONDS = 5.0
@@ -104,3 +105,39 @@ def prediction_of(
         kwh=gpu_hours.times(cluster.device.power_watts / 1000),
         final_loss=final_loss,
     )
+
+
+REST_ERROR = 0.5
+"""Relative spread of what a run takes beside its steps, where these were measured (estimate)."""
+
+
+def with_measured_step(plan: Plan, step: TimePrediction, fixed_steps: bool) -> Plan:
+    """The plan with a step that was measured in place of the foretold one; the layout stays.
+
+    Args:
+        plan: with a prediction.
+        step: as it was measured.
+        fixed_steps: keep the number of steps; else as many as the same hours pay for.
+    """
+    told = plan.prediction
+    assert told is not None
+    seconds = told.hours.value * 3600
+    rest = max(0.0, seconds - plan.max_steps * told.step.seconds)
+    steps = plan.max_steps if fixed_steps else max(1, math.floor((seconds - rest) / step.seconds))
+    value = (rest + steps * step.seconds) / 3600
+    below, above = (math.hypot(steps * step.seconds * error, rest * REST_ERROR) / 3600 for error in step.relative_error)
+    hours = Interval(low=max(0.0, value - below), value=value, high=value + above)
+    gpu_hours = hours.times(plan.world_size)
+    speed = told.step.seconds / step.seconds
+    prediction = told.model_copy(
+        update={
+            "step": step,
+            "samples_per_second": told.samples_per_second * speed,
+            "mfu": None if told.mfu is None else told.mfu * speed,
+            "hours": hours,
+            "gpu_hours": gpu_hours,
+            "money": None if plan.price_per_gpu_hour is None else gpu_hours.times(plan.price_per_gpu_hour),
+            "kwh": gpu_hours.times(plan.power_watts / 1000),
+        }
+    )
+    return plan.model_copy(update={"prediction": prediction, "max_steps": steps})
