@@ -21,7 +21,9 @@ to train, and says what it found and how long that took, beside the largest micr
 from __future__ import annotations
 
 import argparse
+import io
 import json
+import logging
 import multiprocessing
 import re
 import resource
@@ -29,7 +31,6 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -238,10 +239,17 @@ def _finds(answers: Any) -> None:
         accelerator="cpu", max_steps=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, callbacks=[finder],
     )  # fmt: skip
+    told = io.StringIO()
+    logging.getLogger("lightning.pytorch").addHandler(logging.StreamHandler(told))
+    found: dict[str, Any] = {"error": None}
     began = time.perf_counter()
-    with suppress(Exception):  # the training that follows the search is none of ours
+    try:
         trainer.fit(module)
-    answers.put({"says": finder.optimal_batch_size, "seconds": time.perf_counter() - began})
+    except Exception as error:  # what it does not take for a lack of memory ends the search
+        found["error"] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+    trials = re.findall(r"Batch size (\d+) (succeeded|failed)", told.getvalue())
+    works = [int(size) for size, end in trials if end == "succeeded"]
+    answers.put(found | {"says": max(works, default=None), "trials": trials, "seconds": time.perf_counter() - began})
 
 
 def batch_size_finder() -> dict[str, Any]:

@@ -108,3 +108,38 @@ def test_gpu_reads_a_plan(gpu: ModuleType, tmp_path: Path) -> None:
     folder.plan.write_text(json.dumps({"prediction": prediction}))
     said = gpu.predicted(folder)
     assert (said["allocated"], said["used"], said["high"], said["seconds"]) == (600, 700, 770, 1.25)
+
+
+# ---- baselines
+
+
+@pytest.fixture(scope="module")
+def baselines() -> ModuleType:
+    sys.path.insert(0, str(BENCHMARKS))
+    import baselines  # type: ignore[import-not-found]
+
+    return baselines
+
+
+@pytest.mark.slow
+def test_baselines_of_a_row(baselines: ModuleType) -> None:
+    """DeepSpeed's and accelerate's figures are multiples of the parameters, ours and torch's know the batch."""
+    row = baselines.Row(
+        "small zero2",
+        "test",
+        "model={kind: gpt, n_layer: 1, n_head: 2, n_embd: 64, block_size: 32, vocab_size: 320}",
+        8,
+        (),
+        "zero2",
+    )
+    found = baselines.asked(row)
+    n = 320 * 64 + 32 * 64 + 12 * 64 * 64 + 13 * 64 + 2 * 64
+    assert found["deepspeed"]["says"] == 2 * n + int(18 * n / 2)
+    assert found["accelerate"]["says"] in (None, 4 * 4 * n)  # None where it is not installed
+    assert found["mem_tracker"]["says"] > 16 * n
+    assert found["traced"]["says"] == pytest.approx(found["formulas"]["says"], rel=0.01)
+    held = baselines.held_against(found, 2.0 * found["formulas"]["says"])
+    assert held["formulas"]["relative_error"] == -0.5
+    rows = baselines.summary([held, baselines.held_against(found, None)])
+    assert rows["formulas"]["all"]["n"] == 1
+    assert rows["deepspeed"]["one process"] is None

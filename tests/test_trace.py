@@ -155,7 +155,7 @@ def test_no_values_and_values_take_the_same_memory(case: str, monkeypatch: pytes
     assert -scratch - 200 <= recorded_peak(real) - allocated_peak(module, layout, batch) <= 0
 
 
-@pytest.mark.parametrize("size", [3, 7, 64])
+@pytest.mark.parametrize("size", [7, pytest.param(64, marks=pytest.mark.slow)])
 def test_other_sizes_follow_from_two(size: int) -> None:
     recipe = load(["recipe=gpt_debug", "data.tokenizer=bytes", "model.n_layer=2"])
     layout = dataclasses.replace(PLAIN, activation_checkpointing=2, micro_batch_size=size)
@@ -266,6 +266,7 @@ def test_what_cannot_be_traced_has_a_reason(words: list[str], reason: str, monke
     assert "\n" not in told
 
 
+@pytest.mark.slow
 def test_the_process_passes_a_reason_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("LM_TRAIN_PLUGINS", "")
