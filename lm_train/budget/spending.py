@@ -31,13 +31,11 @@ _counted_until = 0.0
 def held_since(allocation: Allocation | None) -> float:
     """Since when, on the monotonic clock, this process holds devices for the run that it is about to start.
 
-    A Slurm step holds them since its tasks began; a second run that the same process starts holds them since the first one's
-    end. A plain machine is held from the command on.
+    A Slurm step holds them since its tasks began; a plain machine since Python began, whose start takes as long as its work;
+    a second run that the same process starts, since the first one's end.
     """
-    now = time.monotonic()
-    if allocation is None:
-        return now
-    return max(_counted_until, now - _process_seconds())
+    age = time.process_time() if allocation is None else _process_seconds()
+    return max(_counted_until, time.monotonic() - age)
 
 
 def _process_seconds() -> float:
@@ -118,11 +116,15 @@ class Spending:
         now = self.tariff.amounts(self.seconds)
         return {name: self.before[name] + now[name] for name in now}
 
-    def used_fraction(self) -> float | None:
-        """Of the limit that ends the run; None without one."""
+    def used_fraction(self, used: dict[str, float] | None = None) -> float | None:
+        """Of the limit that ends the run; None without one.
+
+        Args:
+            used: by all starts; None: so far.
+        """
         if not self.plan.limits:
             return None
-        used = self.used()
+        used = used or self.used()
         return max(used.get(name, 0.0) / limit for name, limit in self.plan.limits.items())
 
     def left(self) -> float | None:

@@ -173,7 +173,8 @@ class BudgetGuard(L.Callback):
         """What all starts have used so far, by the metric's name; on rank 0."""
         if self.spending is None:
             return {}
-        used, fraction = self.spending.used(), self.spending.used_fraction()
+        used = self.spending.used()
+        fraction = self.spending.used_fraction(used)
         if self.plan.power_watts <= 0:
             del used["kwh"]
         share = {} if fraction is None else {"budget/used_fraction": fraction}
