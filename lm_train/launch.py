@@ -200,7 +200,7 @@ def _how_to_go_on(recipe: Recipe, folder: RunFolder, plan: Plan, account: Accoun
     where = (
         "before its first checkpoint" if step is None else f"at step {step}" + (f" of {max_steps}" if max_steps else "")
     )
-    how = f", saved {where}" if not stopped.get("forced") else f", ended by force; saved {where}"
+    how = f", saved {where}" if saved is not None else f", ended {where}"
     enough = account.enough_for(plan, max_steps)
     return f"{account.told(plan)} used{how}; to go on, the same command with name={series or folder.name} {enough}"
 

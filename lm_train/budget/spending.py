@@ -23,6 +23,8 @@ from lm_train.slurm import Allocation
 
 VARIABLE = "LM_TRAIN_SPENDING"
 """`NUMBER:SINCE` of the start, for its ranks."""
+LONGEST_BEGINNING_S = 15.0
+"""What a command takes before it comes here, on a busy machine: Python's start, reading the recipe."""
 LAST_RESORT_S = 0.3
 """So long before the budget is used up, a start that still goes on is ended by force."""
 _counted_until = 0.0
@@ -31,10 +33,12 @@ _counted_until = 0.0
 def held_since(allocation: Allocation | None) -> float:
     """Since when, on the monotonic clock, this process holds devices for the run that it is about to start.
 
-    A Slurm step holds them since its tasks began; a plain machine since Python began, whose start takes as long as its work;
-    a second run that the same process starts, since the first one's end.
+    That is since the process began; the second of several runs, since the first one's end. On a plain machine a process that
+    is old already has done something else before: `launch/train.sh` an installation, a program of one's own its work.
     """
-    age = time.process_time() if allocation is None else _process_seconds()
+    age = _process_seconds()
+    if allocation is None and age > LONGEST_BEGINNING_S:
+        age = 0.0
     return max(_counted_until, time.monotonic() - age)
 
 
