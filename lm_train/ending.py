@@ -78,7 +78,7 @@ def _movable(
     if own and speed is not None:
         left = account.seconds_left(plan)[0] - account.needed_seconds()
         return affordable_steps(step, max(0.0, left), speed), []
-    return max(plan.max_steps, step + 1), []
+    return (max(plan.max_steps, step + 1) if own else step + plan.max_steps), []
 
 
 def closing_batches(data: DataModule, recipe: Recipe, rank: int) -> tuple[int, int]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lm_train import launch, runs
+from lm_train.budget import Account
 from lm_train.errors import DataError, ExitCode, LMTrainError, OutputError, UsageError
 from lm_train.output import aligned
 from lm_train.recipe import LabelledData, Recipe
@@ -58,6 +59,12 @@ def train_folds(recipe: Recipe) -> int:
                 (Path(recipe.runs_dir) / fold_name(name, 1)).rmdir()
             _say_how_to_go_on(name, fold, folds, leads)
             raise
+        if (
+            code == ExitCode.DONE
+            and Account.read(RunFolder(Path(recipe.runs_dir) / fold_name(name, fold))).stopped_by_budget
+        ):
+            _say_how_to_go_on(name, fold, folds, leads)  # each fold has the budget to itself
+            return code
         if code != ExitCode.DONE:
             _say_how_to_go_on(name, fold, folds, leads)
             return code

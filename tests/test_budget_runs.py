@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from lm_train.plan import Plan
 from lm_train.recipe import load
 from lm_train.runs import RunFolder, read_jsonl
 from lm_train.train import train
+from tests.conftest import Ranks
 
 NewRun = Callable[..., RunFolder]
 LINEAR = "optim={kind: adamw, learning_rate: 1e-3, schedule: linear, min_learning_rate_ratio: 0.0}"
@@ -146,3 +148,41 @@ def test_epochs_are_counted_when_the_data_are_known(new_run: NewRun) -> None:
     # the run's end, taken up again, is its end
     assert train(run, run.checkpoints / f"step-{step}") == ExitCode.DONE
     assert max(losses(run)) == step
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "zero2"])
+@pytest.mark.parametrize("auto", [False, True])
+def test_two_ranks_stop_and_move_the_end_at_the_same_step(
+    ranks: Ranks, new_run: NewRun, strategy: str, auto: bool
+) -> None:
+    words = ("trainer.max_steps=auto", LINEAR, "budget.hours=1") if auto else (ENDLESS, "budget.hours=1")
+    run = new_run(*words, "trainer.devices=2", f"trainer.strategy={strategy}", "trainer.log_every_n_steps=5")
+    planned(run, 40 if auto else 10_000_000, 12.0)
+    ranks(strategy).run("run", folder=str(run.root))
+    account = Account.read(run)
+    assert account.stopped_by_budget != auto
+    assert account.last is not None
+    assert used(run) <= 12.0
+    step = json.loads((run.checkpoints / "latest").read_text())["step"]
+    stopped = account.last.stopped
+    assert step == (account.last.horizons[-1][1] if stopped is None else stopped["step"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ["hours", "gpu_hours", "money", "kwh", "several", "ddp", "fsdp", "killed", "auto", "preempted"]
+)
+def test_ten_real_commands_stay_inside_their_budgets(
+    name: str, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parent.parent / "benchmarks"))
+    benchmark = importlib.import_module("budget")
+    (case,) = (case for case in benchmark.CASES if case[0] == name)
+    row = benchmark.real_run(*case, tmp_path)
+    assert row["used"] <= 1.0
+    assert row["used_outside"] <= 1.0
+    assert not row["forced"]
+    assert set(row["exit_codes"][1:]) == {0}
+    assert row["saved_step"] == row["last_step"]
+    assert "the budget is spent" in row["said"] or "finished already" in row["said"]

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from lm_train.budget import Account
 from lm_train.runs import RunFolder, read_jsonl
 from tests.conftest import TINY
 
@@ -203,6 +204,29 @@ def test_two_nodes_with_two_tasks_each_are_one_run(site: Site, plain: RunFolder)
     assert run.exit_code.read_text() == "0\n"
     assert len(list(run.wandb.glob("offline-run-*"))) == 1
     assert_same_losses(run, plain)
+
+
+def test_a_budget_ends_the_tasks_of_all_nodes_and_is_not_begun_again(site: Site) -> None:
+    words = (
+        "trainer.max_steps=10000000",
+        "trainer.devices=1",
+        "budget.hours=0.011",
+        "trainer.log_every_n_steps=50",
+        "name=run",
+    )
+    for _ in range(2):
+        done = site.srun("--nodes=2", "--ntasks-per-node=1", words=words)
+        assert done.returncode == 0, done.stderr
+    assert "the budget is spent" in done.stderr
+    assert done.stderr.count("\n") == 1, done.stderr
+    run = site.only_run()
+    (start,) = Account.read(run).starts
+    assert start.tariff.devices == 2
+    assert start.stopped is not None
+    assert "forced" not in start.stopped
+    assert start.seconds <= 0.011 * 3600
+    assert (run.checkpoints / f"step-{start.stopped['step']}").is_dir()
+    assert run.exit_code.read_text() == "0\n"
 
 
 def test_sbatch_on_two_nodes_with_one_task_each(site: Site, plain: RunFolder) -> None:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from lm_train.errors import UsageError
-from lm_train.plan import Plan
+from lm_train.plan import Interval, Plan
 from lm_train.runs import RunFolder, read_jsonl
 
 PERIOD_S, LONGEST_PERIOD_S = 5.0, 60.0
@@ -122,7 +122,8 @@ class Start:
 
     @property
     def shutdown_seconds(self) -> float | None:
-        if not self.ended or self.left_training is None:
+        """From the last save to the end, of a start that was stopped: one that is done has more to say."""
+        if not self.ended or self.left_training is None or self.done:
             return None
         return self.seconds - self.left_training
 
@@ -225,7 +226,8 @@ class Account:
         step = None if last is None or last.stopped is None else last.stopped.get("step")
         words, used = [], self.used(tariff)
         for name, limit in plan.limits.items():
-            enough = 2 * limit
+            expected: Interval | None = None if plan.prediction is None else getattr(plan.prediction, name)
+            enough = 2 * limit if expected is None or max_steps is None else used[name] + expected.high
             if step is not None and max_steps is not None and last is not None and last.step_seconds is not None:
                 rest = (max_steps - step) * last.step_seconds
                 # the way to the first step and out again, and a validation and a test of unknown length

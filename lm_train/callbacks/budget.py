@@ -69,8 +69,8 @@ class BudgetGuard(L.Callback):
         self._next_mark: float | None = None
         self._validation_seconds: float | None = None
         self._validation_began = 0.0
-        last = None if spending is None else spending.account.last
-        self._warned = last is not None and last.warned and last.limits == plan.limits
+        before = [] if spending is None else spending.account.starts
+        self._warned = any(start.warned and start.limits == plan.limits for start in before)
         self._judged = False
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
