@@ -120,7 +120,7 @@ def test_one_command_trains_reports_and_is_not_done_twice(launch) -> None:
     assert set(rows[0]) == {
         "step", "epoch", "tokens", "samples", "train/loss", "train/grad_norm", "train/learning_rate", "perf/step_seconds",
         "perf/data_wait_seconds", "perf/tokens_per_second", "perf/samples_per_second", "memory/peak_bytes",
-        "budget/gpu_hours", "budget/hours",
+        "budget/gpu_hours", "budget/hours", "budget/kwh", "perf/predicted_step_seconds", "memory/predicted_peak_bytes",
     }  # fmt: skip
     assert rows[0]["tokens"] == 256
     assert [row["step"] for row in rows if "val/loss" in row] == [20, 40, 50]
