@@ -14,7 +14,6 @@ from pathlib import Path
 
 from lm_train.budget import Account, Guard, Rounds, Spending, Wish
 from lm_train.budget.account import PERIOD_S
-from lm_train.budget.spending import LAST_RESORT_S
 from lm_train.plan import Plan
 from lm_train.runs import RunFolder
 
@@ -69,7 +68,7 @@ class Clock:
         spending = self.spending
         assert spending is not None
         until = self.now + seconds
-        last_moment = spending.since + spending.end - LAST_RESORT_S
+        last_moment = spending.since + spending.end - spending.reserve
         cut = min(self.kill_at, last_moment)
         while self.now < min(until, cut):
             self.now = min(self.now + PERIOD_S, until, cut)
@@ -145,7 +144,7 @@ def simulate(seed: int, plan: Plan, folder: Path) -> Outcome:
         spending = Spending.begin(run, plan, began, clock)
         clock.spending = spending
         guard = Guard(
-            spending.end - LAST_RESORT_S,
+            spending.end - spending.reserve,
             shutdown=spending.account.upper_shutdown_seconds(WAY_OUT_S),
             saves=spending.account.save_seconds,
             predicted_save=predicted,

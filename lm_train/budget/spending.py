@@ -22,11 +22,11 @@ from lm_train.runs import RunFolder
 from lm_train.slurm import Allocation
 
 VARIABLE = "LM_TRAIN_SPENDING"
-"""`NUMBER:SINCE` of the start, for its ranks."""
+"""`NUMBER:SINCE:RESERVE` of the start, for its ranks."""
 LONGEST_BEGINNING_S = 15.0
 """What a command takes before it comes here, on a busy machine: Python's start, reading the recipe."""
-LAST_RESORT_S = 0.3
-"""So long before the budget is used up, a start that still goes on is ended by force."""
+LAST_RESORT_S, LONGEST_RESORT_S = 0.3, 3.0
+"""So long before the budget is used up, at the least and at the most, a start that still goes on is ended by force."""
 _counted_until = 0.0
 
 
@@ -61,10 +61,17 @@ class Spending:
         number: of this start, from 1.
         since: when it began to hold its devices, on `clock`.
         clock: seconds; the same one for all processes of a machine.
+        reserve: seconds that the supervisor needs for its own end.
     """
 
     def __init__(
-        self, folder: RunFolder, plan: Plan, number: int, since: float, clock: Callable[[], float] = time.monotonic
+        self,
+        folder: RunFolder,
+        plan: Plan,
+        number: int,
+        since: float,
+        clock: Callable[[], float] = time.monotonic,
+        reserve: float = LAST_RESORT_S,
     ) -> None:
         self.file, self.plan, self.number, self.since, self.clock = folder.budget, plan, number, since, clock
         self.tariff = Tariff.of(plan)
@@ -72,6 +79,7 @@ class Spending:
         self.before = self.account.used(self.tariff)
         self.end, self.limit = self.account.seconds_left(plan)
         """After so many seconds of this start the budget is used up, by this limit."""
+        self.reserve = reserve
         self._last_row = 0.0
 
     @classmethod
@@ -84,7 +92,9 @@ class Spending:
             OutputError: if the file cannot be written.
         """
         last = Account.read(folder).last
-        spending = cls(folder, plan, 1 if last is None else last.number + 1, since, clock)
+        # a machine on which Python takes long to begin takes long to end it
+        reserve = min(max(LAST_RESORT_S, 0.5 * (clock() - since)), LONGEST_RESORT_S)
+        spending = cls(folder, plan, 1 if last is None else last.number + 1, since, clock, reserve)
         _mend(folder.budget)
         spending.note(
             "began",
@@ -102,13 +112,13 @@ class Spending:
         """In a rank: what its supervisor has begun; None without one."""
         if VARIABLE not in environ:
             return None
-        number, since = environ[VARIABLE].split(":")
-        return cls(folder, plan, int(number), float(since))
+        number, since, reserve = environ[VARIABLE].split(":")
+        return cls(folder, plan, int(number), float(since), reserve=float(reserve))
 
     @property
     def variable(self) -> dict[str, str]:
         """For the ranks' environment."""
-        return {VARIABLE: f"{self.number}:{self.since!r}"}
+        return {VARIABLE: f"{self.number}:{self.since!r}:{self.reserve!r}"}
 
     @property
     def seconds(self) -> float:
@@ -142,7 +152,7 @@ class Spending:
     @property
     def is_over(self) -> bool:
         """Whether this is the last moment to end inside the budget."""
-        return self.seconds >= self.end - LAST_RESORT_S
+        return self.seconds >= self.end - self.reserve
 
     def note(self, event: str, **values: Any) -> None:
         """Appends a row.

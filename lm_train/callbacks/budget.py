@@ -11,7 +11,6 @@ import lightning.pytorch as L
 
 from lm_train.budget import Guard, Spending, Wish
 from lm_train.budget.guard import Kind
-from lm_train.budget.spending import LAST_RESORT_S
 from lm_train.callbacks.metrics import peak_bytes
 from lm_train.horizon import Horizon, affordable_steps
 from lm_train.loop import StepTrainer
@@ -59,7 +58,7 @@ class BudgetGuard(L.Callback):
         self.say: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True)
         end, way_out, saves = math.inf, 0.0, list[float]()
         if spending is not None:
-            end = spending.end - LAST_RESORT_S
+            end = spending.end - spending.reserve
             way_out = spending.account.upper_shutdown_seconds(WAY_OUT_S[recipe.tracking.wandb])
             saves = spending.account.save_seconds
         predicted = None if plan.prediction is None else plan.prediction.checkpoint_seconds.high
