@@ -43,11 +43,11 @@ def linear(tape: Tape, x: Tensor, weight: Parameter, bias: Parameter | None, nam
         tape.op(name, "matmul", flops, moved, (width, inner, rows), number)
         into_weight = tape.new_gradient(weight.size, number, of_weight, view=True)
         if bias is None:
-            return into_x, into_weight, None
+            return None, into_x, into_weight
         tape.op(name, "reduction", 0, rows * width * WIDTH[number], (rows * width,), number)
-        return into_x, into_weight, tape.new_gradient(width, number, of_bias, view=True)
+        return tape.new_gradient(width, number, of_bias, view=True), into_x, into_weight
 
-    return tape.result(out, (x, w, b), saved, backward)
+    return tape.result(out, (b, x, w), saved, backward)  # as addmm has them: the first is added up first
 
 
 def cast(tape: Tape, x: Tensor, number: Number) -> Tensor:

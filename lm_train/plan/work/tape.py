@@ -393,10 +393,11 @@ class Tape:
                 entered, gradients_before = self.live, self.grouped["gradient"]
             gradients = waiting.pop(node)
             saved = self._unpacked(node)
-            results = node.backward(gradients)
+            results: list[Gradient] = list(node.backward(gradients))
             del gradients, saved
             node.saved, there = [], None
-            for edge, result in zip(node.inputs, results, strict=True):
+            for i, edge in enumerate(node.inputs):
+                result, results[i] = results[i], None  # each ends with its sum, not with the operation
                 if result is None or edge is None:
                     continue
                 target, index = edge
@@ -408,7 +409,7 @@ class Tape:
                     there = waiting[target] = [None] * target.outputs
                     heappush(heap, (-target.number, target))
                 there[index] = result if there[index] is None else self._sum(there, index, result)
-            del results, result, there
+            del result, there
         self._leave(stage, entered, gradients_before)
 
     def _unpacked(self, node: Node) -> list[Storage | None]:
