@@ -77,6 +77,7 @@ RECURRENTS = (
 COPIED = 24 << 20
 """Bytes of inputs that are taken in turns. What the backward pass reads was made long ago; the forward pass reads what the
 operation before has just made."""
+NARROW = 8
 WIDE = 256
 """Values of a row, for what works along rows."""
 VOCABULARY = 2048
@@ -185,8 +186,8 @@ class _Makers:
                     gradient = torch.full_like(out, VALUE)
                     return lambda: torch.autograd.grad(out, (q, k, v), gradient, retain_graph=True)
 
-                def backward(shape: tuple[int, ...] = shape, causal: bool = causal) -> Call:
-                    return forward(shape, causal, grad=True)
+                def backward(forward: Callable[..., Call] = forward) -> Call:
+                    return forward(grad=True)
 
                 yield self.timed("attention", variant, False, shape, size, forward)
                 yield self.timed("attention", variant, True, shape, 2 * size, backward)
@@ -198,38 +199,49 @@ class _Makers:
                 continue
             size = self.width * (batch * height * width * (channels + out) + channels * out * kernel**2)
 
-            def tensors(shape: tuple[int, ...] = shape) -> tuple[Tensor, Tensor, int]:
+            def forward(shape: tuple[int, ...] = shape, of: int | None = None) -> Call:
                 batch, channels, out, height, width, kernel = shape
                 x, weight = self.tensor(batch, channels, height, width), self.tensor(out, channels, kernel, kernel)
-                return x, weight, kernel // 2
+                if channels > 1:  # as the networks have it
+                    x = x.contiguous(memory_format=torch.channels_last)
+                inputs = (x, weight)
+                if of is None:
+                    return lambda: F.conv2d(x, weight, padding=kernel // 2)
+                inputs[of].requires_grad_()
+                made = F.conv2d(x, weight, padding=kernel // 2)
+                gradient = torch.full_like(made, VALUE)
+                return lambda: torch.autograd.grad(made, inputs[of], gradient, retain_graph=True)
 
-            def forward(tensors: Callable[[], tuple[Tensor, Tensor, int]] = tensors) -> Call:
-                x, weight, padding = tensors()
-                return lambda: F.conv2d(x, weight, padding=padding)
+            def of_input(forward: Callable[..., Call] = forward) -> Call:
+                return forward(of=0)
 
-            def backward(tensors: Callable[[], tuple[Tensor, Tensor, int]] = tensors) -> Call:
-                x, weight, padding = tensors()
-                x.requires_grad_()
-                weight.requires_grad_()
-                out = F.conv2d(x, weight, padding=padding)
-                gradient = torch.full_like(out, VALUE)
-                return lambda: torch.autograd.grad(out, (x, weight), gradient, retain_graph=True)
+            def of_weight(forward: Callable[..., Call] = forward) -> Call:
+                return forward(of=1)
 
             yield self.timed("convolution", "", False, shape, size, forward)
-            yield self.timed("convolution", "", True, shape, 2 * size, backward)
+            # the tape has two operations of one shape: what they take together is what counts
+            yield self.timed("convolution", "", True, shape, size, of_weight)
+            if channels > 3:
+                yield self.timed("convolution", "", True, shape, size, of_input)
 
     def recurrents(self, most: float) -> Iterator[Timed]:
+        """An LSTM is one operation; of the others only the steps, which wait for one another, are: their inputs are narrow."""
         for shape in RECURRENTS:
             batch, steps, width, state = shape
-            for variant, cell, gates in (("lstm", torch.nn.LSTM, 4), ("gru", torch.nn.GRU, 3)):
+            for variant, cell, gates in _CELLS:
                 if 2.0 * gates * batch * steps * state * (width + state) > most:
                     continue
-                size = float(self.width * batch * steps * (width + gates * state))
+                inside = (batch, steps, width if variant == "lstm" else state, state)
+                size = float(self.width * batch * steps * (inside[2] + gates * state))
 
                 def forward(
-                    shape: tuple[int, ...] = shape, cell: type[torch.nn.RNNBase] = cell, grad: bool = False
+                    shape: tuple[int, ...] = shape,
+                    cell: type[torch.nn.RNNBase] = cell,
+                    narrow: bool = variant != "lstm",
+                    grad: bool = False,
                 ) -> Call:
                     batch, steps, width, state = shape
+                    width = NARROW if narrow else width
                     layer = cell(width, state).to(self.device, self.dtype)  # type: ignore[arg-type, call-arg]
                     x = self.tensor(steps, batch, width, grad=True)
                     if not grad:
@@ -238,11 +250,11 @@ class _Makers:
                     gradient, inputs = torch.full_like(out, VALUE), (x, *layer.parameters())
                     return lambda: torch.autograd.grad(out, inputs, gradient, retain_graph=True)
 
-                def backward(shape: tuple[int, ...] = shape, cell: type[torch.nn.RNNBase] = cell) -> Call:
-                    return forward(shape, cell, grad=True)
+                def backward(forward: Callable[..., Call] = forward) -> Call:
+                    return forward(grad=True)
 
-                yield self.timed("recurrent", variant, False, shape, size, forward)
-                yield self.timed("recurrent", variant, True, shape, 2 * size, backward)
+                yield self.timed("recurrent", variant, False, inside, size, forward)
+                yield self.timed("recurrent", variant, True, inside, 2 * size, backward)
 
     def passes(self, sizes: list[int]) -> Iterator[Timed]:
         """What goes through memory once: its abscissa are the bytes that the tape counts for it."""
@@ -268,7 +280,7 @@ class _Makers:
                 images = (n // (64 * 256), 64, 16, 16) if n >= 2**18 else (2, 16, 32, n // 1024)
                 weights = (images[1],)
                 yield from self._both(
-                    "normalisation", "batch", shape, (2 * byte * n, 3 * byte * n), _batch_norm, images, weights, weights
+                    "normalisation", "batch", shape, (3 * byte * n, 3 * byte * n), _batch_norm, images, weights, weights
                 )
             if n >= VOCABULARY and self.number == "fp32":
                 yield from self._losses(n, shape)
@@ -339,6 +351,11 @@ class _Makers:
         yield self.timed("lookup", "", True, shape, whole, lambda: make(grad=True))
 
 
+_CELLS: tuple[tuple[str, type[torch.nn.RNNBase], int], ...] = (
+    ("lstm", torch.nn.LSTM, 4),
+    ("gru", torch.nn.GRU, 3),
+    ("rnn", torch.nn.RNN, 1),
+)
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "gelu": F.gelu,

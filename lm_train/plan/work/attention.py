@@ -36,6 +36,7 @@ def attention(
     batch, heads, queries, keys, head_size = sizes
     number = q.number
     flops, moved = 4.0 * batch * heads * queries * keys * head_size, 2.0 * (q.bytes + k.bytes)
+    name = f"{name}.{'causal' if causal else 'full'}"
     floats = None if mask is None else tape.new(mask.size, number)
     saved = tape.keep(q, k, v, floats)
     out = tape.new(q.size, number)

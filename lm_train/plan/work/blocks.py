@@ -41,7 +41,7 @@ class Blocks:
     norm: Literal["layer", "rms"]
     rotary: bool
     gated: bool
-    activation: Literal["gelu", "relu"] = "gelu"
+    activation: Literal["gelu_tanh", "gelu", "relu"] = "gelu_tanh"
     causal: bool = True
     pre_norm: bool = True
     cross_attention: bool = False

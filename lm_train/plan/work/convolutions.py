@@ -112,10 +112,10 @@ def norm_and_relu(
     del wide
     out = tape.new(size, number)
     saved += tape.keep(tape.new(statistics, "fp32"), tape.new(statistics, "fp32"))
-    tape.op(name, "normalisation", 0, 3 * out.bytes, (size,), number)
+    tape.op(f"{name}.batch", "normalisation", 0, 3 * out.bytes, (size,), number)
 
     def of_norm(gradients: Sequence[Gradient]) -> tuple[Gradient, ...]:
-        tape.op(name, "normalisation", 0, 3 * size * WIDTH[number], (size,), number)
+        tape.op(f"{name}.batch", "normalisation", 0, 3 * size * WIDTH[number], (size,), number)
         into_weight = tape.new_gradient(weight.size, weight.number, weight)
         into_bias = tape.new_gradient(bias.size, bias.number, bias)
         if ranks > 1:

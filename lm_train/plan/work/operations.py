@@ -14,7 +14,7 @@ from lm_train.plan.work.tape import Gradient, Group, Node, Parameter, Tape, Tens
 SORTED_ABOVE = 3072
 """More ids than so many CUDA's backward pass of an embedding sorts, and sums runs of ten of a kind in fp32 before it writes them
 (aten/src/ATen/native/cuda/EmbeddingBackwardKernel.cu); the memory is that for as many different ids as there may be."""
-Activation = Literal["gelu", "relu", "silu", "tanh", "sigmoid", "leaky_relu"]
+Activation = Literal["gelu", "gelu_tanh", "relu", "silu", "tanh", "sigmoid", "leaky_relu"]
 KEEPS_RESULT = ("relu", "tanh", "sigmoid")
 """Activations whose backward pass reads their result; that of the others reads their input."""
 
@@ -184,7 +184,7 @@ def made(tape: Tape, name: str, kind: Kind, size: int, number: Number, passes: i
 
 def activation(tape: Tape, x: Tensor, kind: Activation, name: str) -> Tensor:
     saved = [] if kind in KEEPS_RESULT else tape.keep(x)
-    size, number = x.size, x.number
+    size, number, name = x.size, x.number, f"{name}.{kind}"
     out = made(tape, name, "activation", size, number, 2)
     if kind in KEEPS_RESULT:
         saved = tape.keep(out)

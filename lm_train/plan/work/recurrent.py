@@ -122,7 +122,7 @@ class _Pass:
         flops = 2.0 * self.samples * self.length * sum(w.size for w in weights[:2])
         moved = self.length * packed + x.bytes + 6 * states * WIDTH[number]
         shape = (self.samples, self.length, width, model.hidden_size)
-        tape.op("cells", "recurrent", flops, moved, shape, number)
+        tape.op(f"cells.{model.cell}", "recurrent", flops, moved, shape, number)
         saved = tape.keep(x, *lowered)
         out = tape.new(states, number)
         kept = LSTM_KEPT[WIDTH[number]] if cpu else CUDNN_RESERVE[model.cell] * WIDTH[number]
@@ -132,7 +132,7 @@ class _Pass:
         saved += tape.keep(out, workspace)
 
         def backward(gradients: Sequence[Gradient]) -> tuple[Gradient, ...]:
-            tape.op("cells", "recurrent", 2 * flops, 2 * moved, shape, number)
+            tape.op(f"cells.{model.cell}", "recurrent", 2 * flops, 2 * moved, shape, number)
             copy = tape.new(states, number) if last else None
             made: Number = "fp32" if cpu else number  # oneDNN's gradients are fp32 whatever the values are
             into_x = tape.new(inputs, made)
@@ -157,7 +157,7 @@ class _Pass:
         flops = 2.0 * self.samples * self.length * weight.size
         moved = self.length * weight.size * WIDTH[number] + 8 * states * WIDTH[number]
         shape = (self.samples, self.length, model.hidden_size, model.hidden_size)
-        tape.op("cells.steps", "recurrent", flops, moved, shape, number)
+        tape.op(f"cells.steps.{model.cell}", "recurrent", flops, moved, shape, number)
         saved = tape.keep(w)
         casts = (self.length - 1) * (weight.size + bias.size) * WIDTH[number] // 4 if w is not weight else 0
         saved += tape.keep(tape.new(casts, "fp32")) if tape.training else []
@@ -170,7 +170,7 @@ class _Pass:
         of_weight, of_bias = (weight if w is weight else None), (bias if b is bias else None)
 
         def of_states(gradients: Sequence[Gradient]) -> tuple[Gradient, ...]:
-            tape.op("cells.steps", "recurrent", 2 * flops, 2 * moved, shape, number)
+            tape.op(f"cells.steps.{model.cell}", "recurrent", 2 * flops, 2 * moved, shape, number)
             one, other = tape.new(weight.size, number), tape.new(weight.size, number)  # summed step by step
             into = tape.new_gradient(weight.size, number, of_weight)
             del one, other

@@ -85,6 +85,7 @@ def _bert(
         gated=False,
         causal=False,
         pre_norm=False,
+        activation="gelu",
     )
     tape.enter("embedding")
     table = Parameter(number, rows, d)
