@@ -18,6 +18,7 @@ from lm_train.plan.duration import time_of
 from lm_train.plan.facts import DataFacts
 from lm_train.plan.rates import Calibration, find_calibration, from_calibration, rates_of
 from lm_train.plan.rates.calibration import Disk, Pass, Setting, Sum, Training, file_name, processor, torch_version
+from lm_train.plan.rates.measured import IN_NETWORK, OVERHEAD
 from lm_train.plan.rates.tables import Curve, Point, Surface, Tables
 from lm_train.plan.work import Op, work_of
 from lm_train.recipe import ClusterSection, load
@@ -188,7 +189,8 @@ def test_measured_rates_say_what_was_measured(tmp_path: Path) -> None:
     file.write_text(made().model_dump_json())
     rates = from_calibration(file, here(), layout())
     op = Op("x", "matmul", False, 0, 0, (128, 128, 128), "fp32")
-    assert rates.device(op) == pytest.approx(2e-6 + 2 * 128**3 / 100e9 + 3e-6, rel=0.1)
+    alone, overhead = 2e-6 + 2 * 128**3 / 100e9, 3e-6
+    assert rates.device(op) == pytest.approx(alone * IN_NETWORK + overhead * OVERHEAD, rel=0.1)
     adamw = load(["recipe=gpt_debug", "optim={kind: adamw}"]).optim
     assert rates.update(adamw, ((64, 10),), 4) == pytest.approx(2e-4)
     assert rates.written(5e8) == pytest.approx(1.01)
@@ -196,9 +198,9 @@ def test_measured_rates_say_what_was_measured(tmp_path: Path) -> None:
     assert two.collective("all_reduce", 1e8) == pytest.approx(0.1)
     assert two.strategy("ddp").step == 1e-3
     # a setting that was not measured: as many times slower, and less certain
-    alone = from_calibration(file, here(), layout(threads_per_rank=1))
-    assert alone.device(op) > 1.5 * rates.device(op)
-    assert alone.relative_error > rates.relative_error
+    other = from_calibration(file, here(), layout(threads_per_rank=1))
+    assert other.device(op) > 1.5 * rates.device(op)
+    assert other.relative_error > rates.relative_error
 
 
 def test_a_quick_and_a_noisy_calibration_promise_less(tmp_path: Path) -> None:

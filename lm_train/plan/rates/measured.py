@@ -11,6 +11,11 @@ from lm_train.plan.rates.tables import Curve
 from lm_train.plan.work import Op
 from lm_train.recipe import AnyOptim
 
+IN_NETWORK = 1.1
+"""An operation in a network over the same alone, with caches and pages as they come. Fitted by benchmarks/step_time.py."""
+OVERHEAD = 2.0
+"""What an operation costs beyond its own time in a network with views, modules and hooks, over the same in a plain chain. Fitted
+likewise."""
 RELATIVE_ERROR = (0.15, 0.20)
 QUICK_ERROR = (0.35, 0.50)
 """Of a step, below and above, by a full and by a quick calibration; see benchmarks/results/step_time_cpu.md."""
@@ -43,7 +48,7 @@ class MeasuredRates(Rates):
         if self.asynchronous:
             return self._scale * seconds
         overhead = self.setting.backward_overhead if op.backward else self.setting.forward_overhead
-        return self._scale * seconds + overhead
+        return self._scale * seconds * IN_NETWORK + overhead * OVERHEAD
 
     def launch(self, op: Op) -> float:
         if not self.asynchronous:
