@@ -152,7 +152,7 @@ def minutes(recipe: Recipe, plan: Plan, cluster: Cluster) -> int | None:
     None where nothing is predicted and the partition has no limit: then it is the partition's default.
     """
     most = math.floor(cluster.site.max_hours * 60 + 1e-6) if cluster.site.max_hours is not None else None
-    if plan.prediction is None:
+    if plan.prediction is None or not plan.steps_known:
         return most
     needed = math.ceil(_hours(recipe, plan) * 60 + _signal_seconds(plan) / 60)
     return needed if most is None else max(1, min(needed, most))
@@ -164,6 +164,8 @@ def notes(recipe: Recipe, plan: Plan, cluster: Cluster) -> list[str]:
     limit, partition = minutes(recipe, plan, cluster), cluster.site.partition or cluster.name
     if plan.prediction is None:
         told.append("nothing is predicted for this model: the job asks for all the time and memory that it may have")
+    elif not plan.steps_known:
+        told.append("how long the epochs take is known with the data: the job asks for all the time that it may have")
     elif limit is not None and limit < _hours(recipe, plan) * 60:
         told.append(
             f"the run may take {_hours(recipe, plan):.1f} h, and {partition} ends jobs after {limit / 60:.1f} h: it saves, "

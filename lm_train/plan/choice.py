@@ -48,7 +48,7 @@ class Priced:
 
 def priced(trial: Trial, costs: Costs, steps: int | None, limits: dict[str, float], target: Target) -> Priced:
     """What a run of `steps` steps takes; None: of as many as the budget pays for."""
-    allowed = hours_allowed(limits, trial.layout.ranks, target.cluster)
+    allowed = hours_allowed(limits, trial.layout.ranks, target.cluster_for(trial.layout.devices))
     if steps is None:
         steps = costs.steps_within(allowed, trial.step)
     return Priced(trial, costs, steps, costs.hours(steps, trial.step).value, allowed)

@@ -59,7 +59,7 @@ def state_bytes(shapes: Shapes, strategy: Strategy, precision: Precision, optim:
         return StateBytes(width * total, width * total, width * kept)
     states = max(optimizer_values(optim, name, shape) for name, shape in named)
     if strategy == "fsdp":
-        own = sum(-(-shape[0] // ranks) * math.prod(shape[1:]) for shape in sizes)
+        own = sum(-(-(shape or (1,))[0] // ranks) * math.prod(shape[1:]) for shape in sizes)
         return StateBytes(width * own, width * own, width * states * own)
     low = 4 if precision == "32-true" else 2
     if strategy in ("zero1", "zero2"):

@@ -117,7 +117,7 @@ class Forecaster:
             self.work(layout),
             layout,
             self.recipe.optim,
-            self.target.cluster,
+            self.target.cluster_for(layout.devices),
             saves=True,
             validates=self.recipe.trainer.limit_val_batches != 0,
             gradient_clip=self.recipe.trainer.gradient_clip_val,

@@ -75,7 +75,11 @@ def sizes(
     nodes_open = [asked] if asked != "auto" else list(range(1, there.nodes + 1))
     devices_open = [wanted] if wanted != "auto" else list(range(1, there.devices_per_node + 1))
     every = [(1, devices) for devices in devices_open if 1 in nodes_open]
-    every += [(nodes, devices_open[-1]) for nodes in nodes_open if nodes > 1]
+    for nodes in (
+        nodes for nodes in nodes_open if nodes > 1
+    ):  # whole nodes, or where the batch forbids it, equal parts of them
+        fitting = [d for d in devices_open if check_batch(recipe, total, nodes, d, None, [])]
+        every.append((nodes, max(fitting, default=devices_open[-1])))
     quiet: list[str] = []
     open_ = [(n, d) for n, d in every if check_batch(recipe, total, n, d, None, quiet)]
     if not open_:

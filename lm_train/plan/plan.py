@@ -80,6 +80,8 @@ class Plan(BaseModel):
     """Of one device."""
     limits: dict[str, float]
     """What the run may use in all its starts together, by name as in the recipe's budget; empty: no limit."""
+    steps_known: bool = True
+    """False: only the data tell how many steps the epochs are; hours and cost are then of `max_steps`, a stand-in."""
     prediction: Prediction | None
     """None where nothing is known of the network before it is built."""
     made_for: dict[str, Any] = {}
@@ -99,7 +101,7 @@ class Plan(BaseModel):
     @property
     def paid_share(self) -> float:
         """About which share of its steps the budget pays for, by the prediction; above 1 it is ample."""
-        if self.prediction is None or not self.limits:
+        if self.prediction is None or not self.limits or not self.steps_known:
             return math.inf
         told = self.prediction
         needs = {

@@ -175,6 +175,12 @@ def _budget_problems(recipe: Recipe, target: Target) -> list[str]:
             f"budget.currency={budget.currency}: cluster={cluster.name} is paid in {cluster.currency}; give budget.money in "
             f"{cluster.currency}, or cluster.price_per_gpu_hour and cluster.currency={budget.currency}"
         )
+    paid = hours_allowed(budget.limits, 1, cluster)
+    if recipe.trainer.max_steps == "auto" and budget.limits and math.isinf(paid) and not problems:
+        given = " and ".join(f"budget.{name}={value:g}" for name, value in budget.limits.items())
+        problems.append(
+            f"{given}: never used up on {cluster.name}, where it costs nothing; give budget.hours, or a number of steps"
+        )
     if budget.kwh is not None and cluster.device.power_watts == 0:
         problems.append(
             f"budget.kwh={budget.kwh:g}: the power of {cluster.device.name} is not known; describe the cluster in a file with "
@@ -197,14 +203,25 @@ def _global_batch(recipe: Recipe, target: Target, reasons: dict[str, str]) -> in
     else:
         pays_for = _tokens_paid(recipe, target)
         tokens, over = batch_tokens(pays_for), f"the {pays_for:.2g} tokens that the budget about pays for"
-    most = target.cluster.nodes * target.cluster.devices_per_node if target.machine.gpus else 1
-    unit = max(1, most)
+    fixed = (recipe.data.micro_batch_size, trainer.accumulate_grad_batches)
+    unit = math.prod(_most_ranks(recipe, target)) * math.prod(value for value in fixed if value != "auto")
     sequences = max(unit, 2 ** round(math.log2(max(1.0, tokens / block))))
     sequences = -(-sequences // unit) * unit
     reasons["data.global_batch_size"] = (
         f"0.58 D^0.571 tokens (Step Law, arXiv:2503.04715) over {over} are {tokens:,.0f}, {tokens / block:.0f} sequences"
     )
     return sequences
+
+
+def _most_ranks(recipe: Recipe, target: Target) -> tuple[int, int]:
+    """Nodes and ranks a node of the largest layout that is open."""
+    nodes, devices, allocation = recipe.trainer.num_nodes, recipe.trainer.devices, target.allocation
+    if nodes == "auto":
+        nodes = target.cluster.nodes if allocation is None else allocation.nodes
+    if devices == "auto":
+        tasks = 1 if allocation is None else allocation.tasks_per_node
+        devices = target.cluster.devices_per_node if target.machine.gpus else tasks
+    return (1, 1) if recipe.trainer.strategy == "single" or recipe.debug else (nodes, devices)
 
 
 def _tokens_paid(recipe: Recipe, target: Target) -> float:
@@ -331,7 +348,7 @@ def _prediction(recipe: Recipe, network: Network, target: Target, chosen: Priced
         chosen.trial.memory,
         chosen.trial.step,
         chosen.costs,
-        target.cluster,
+        target.cluster_for(layout.devices),
         forecast.checkpoint_bytes(layout),
         network.flops_per_sample,
         _final_loss(recipe, network, chosen.steps * layout.global_batch_size),
@@ -417,7 +434,7 @@ def _plan(
     state = None
     if shapes is not None:
         state = state_bytes(shapes, layout.strategy, layout.precision, recipe.optim, layout.ranks)
-    machine, cluster = target.machine, target.cluster
+    machine, cluster = target.machine, target.cluster_for(layout.devices)
     return Plan(
         task=network.task,
         accelerator=layout.accelerator,
@@ -448,6 +465,7 @@ def _plan(
         currency=cluster.currency,
         power_watts=cluster.device.power_watts,
         limits=recipe.budget.limits,
+        steps_known=recipe.trainer.max_epochs is None,
         prediction=prediction,
         reasons=reasons,
     )

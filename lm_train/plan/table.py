@@ -87,13 +87,16 @@ def _foretold(plan: Plan, prediction: Prediction) -> Iterator[Row]:
     seconds = f"{_seconds(step.seconds)} ({_seconds(step.interval.low)} to {_seconds(step.interval.high)})"
     yield Row("step", seconds, f"{_parts(_step(prediction))}; rates: {step.source}")
     yield Row("speed", _speed(plan, prediction))
-    yield Row("run", f"{_interval(prediction.hours)} h", _costs(plan, prediction))
+    if plan.steps_known:
+        yield Row("run", f"{_interval(prediction.hours)} h", _costs(plan, prediction))
+    else:
+        yield Row("run", UNKNOWN)
     save = prediction.checkpoint_seconds
     yield Row(
         "checkpoint",
         f"{size_of(prediction.checkpoint_bytes)}, {_seconds(save.value)} ({_seconds(save.low)} to {_seconds(save.high)})",
     )
-    if prediction.final_loss is not None:
+    if prediction.final_loss is not None and plan.steps_known:
         loss = prediction.final_loss
         yield Row(
             "final loss",

@@ -27,6 +27,12 @@ class Target:
             gpus = (gpu,) * cluster.devices_per_node
         return cls(cluster, Machine(cluster.cpu_cores_per_node, gpus))
 
+    def cluster_for(self, devices: int) -> Cluster:
+        """The cluster as so many ranks a node see it: without GPUs they share what the node has."""
+        if self.machine.gpus or devices == self.cluster.devices_per_node:
+            return self.cluster
+        return self.cluster.divided(devices)
+
     @property
     def is_fixed(self) -> bool:
         """Whether nodes and processes are given already: in a Slurm step, or without GPUs."""
