@@ -52,8 +52,8 @@ def _lead(recipe: Recipe, machine: Machine, allocation: Allocation | None, since
     """The primary's part: everything that is done once."""
     try:
         plugins.check(recipe)
-        plan = plan_for(recipe, machine, allocation)
         earlier = runs.existing(recipe, allocation)
+        plan = plan_for(recipe, machine, allocation, earlier=_plan_of(earlier))
         account = Account([]) if earlier is None else Account.read(earlier)
         check_currency(plan, account)
         nothing_to_do = None if earlier is None else _nothing_to_do(recipe, plan, earlier, account, series)
@@ -95,8 +95,9 @@ def _follow(recipe: Recipe, machine: Machine, allocation: Allocation) -> int:
     problem: LMTrainError | None = None
     try:
         plugins.check(recipe)
-        plan = plan_for(recipe, machine, allocation)
-        _checkpoint(recipe, plan, runs.existing(recipe, allocation))
+        earlier = runs.existing(recipe, allocation)
+        plan = plan_for(recipe, machine, allocation, earlier=_plan_of(earlier))
+        _checkpoint(recipe, plan, earlier)
     except LMTrainError as error:
         problem = error
     name = runs.run_name(recipe, allocation)
@@ -245,10 +246,16 @@ def _note_folder(folder: RunFolder) -> None:
 
 def _planned_otherwise(folder: RunFolder, plan: Plan) -> list[str]:
     """Where this start's plan lays the run out otherwise than the last start's."""
+    earlier = _plan_of(folder)
+    return [] if earlier is None else plan.changes_from(earlier)
+
+
+def _plan_of(folder: RunFolder | None) -> Plan | None:
+    """With which a run began; None where there is none yet, or one of another version."""
     try:
-        return plan.changes_from(Plan.read(folder.plan))
-    except (OSError, ValueError):  # none yet, or of another version
-        return []
+        return None if folder is None else Plan.read(folder.plan)
+    except (OSError, ValueError):
+        return None
 
 
 def _warnings(recipe: Recipe, plan: Plan, machine: Machine, allocation: Allocation | None) -> list[str]:

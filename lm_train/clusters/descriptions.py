@@ -107,7 +107,13 @@ def cluster_named(asked: str) -> Cluster:
     if reader.problems:
         raise UsageError(list(dict.fromkeys(reader.problems)))
     raw.setdefault("name", Path(asked).stem if is_path(asked) else asked)
-    return reader.validated(raw, name_of((asked,)))
+    cluster = reader.validated(raw, name_of((asked,)))
+    if cluster.nodes > 1 and cluster.inter_node is None:
+        raise UsageError(
+            f"cluster: {name_of((asked,))} has {cluster.nodes} nodes and nothing between them; give "
+            "inter_node: {name: ..., bandwidth: BYTES_PER_SECOND, latency_seconds: ...}"
+        )
+    return cluster
 
 
 class _Reader:

@@ -77,9 +77,12 @@ def prediction_of(
     checkpoint_bytes: int,
     flops_per_sample: int | None,
     final_loss: Interval | None,
+    allowed: float = math.inf,
 ) -> Prediction:
-    """Everything that is foretold of a run of `steps` steps."""
+    """Everything that is foretold of a run of `steps` steps, which is stopped after the hours that its budget allows."""
     hours = costs.hours(steps, step)
+    if hours.high > allowed:  # there the run is stopped
+        hours = hours.model_copy(update={"high": max(hours.value, allowed)})
     gpu_hours = hours.times(layout.ranks)
     samples_per_second = layout.global_batch_size / step.seconds
     peak = (

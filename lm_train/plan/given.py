@@ -24,14 +24,20 @@ _SAME_MEMORY = 0.97
 """Two cards of one sort differ by less, as drivers keep more or less for themselves."""
 
 
-def plan_for(recipe: Recipe, machine: Machine, allocation: Allocation | None, must_fit: bool = True) -> Plan:
+def plan_for(
+    recipe: Recipe,
+    machine: Machine,
+    allocation: Allocation | None,
+    must_fit: bool = True,
+    earlier: Plan | None = None,
+) -> Plan:
     """The plan of `plan=FILE`, else a new one.
 
     Raises:
         UsageError: if the recipe cannot be fulfilled here, or the file's plan is for another recipe or machine.
     """
     if recipe.plan is None:
-        return make_plan(recipe, machine, allocation, must_fit)
+        return make_plan(recipe, machine, allocation, must_fit, earlier)
     plan = _read(Path(recipe.plan))
     problem = _other_recipe(plan, recipe) or _other_machine(plan, machine, allocation)
     if problem:

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from lm_train.plan.forecast import Costs
 from lm_train.plan.layout import Layout
 from lm_train.plan.network import Forecaster
-from lm_train.plan.options import Group, chunkings, layout_of, precision_for, recomputations, with_open_choices
-from lm_train.plan.search import Misfit
+from lm_train.plan.options import Group, chunkings, layout_of, precision_for, recomputations, sizes, with_open_choices
+from lm_train.plan.search import Misfit, Trial, explore
 from lm_train.plan.target import Target
 from lm_train.recipe import Recipe, strategy_problem, task_of
 
@@ -30,13 +30,30 @@ def nothing_fits(
         needs = f"{_gb(memory.host)} of host memory, where its share of the node is {_gb(memory.host_capacity)}"
     said = f"nothing fits into {where}: {least.group} with micro batch {least.layout.micro_batch_size} needs {needs}"
     fixable = next((misfit for misfit in sorted(misfits, key=lambda m: m.missing) if misfit.fix), None)
+    elsewhere = _under_other_strategies(recipe, target, total, forecast)
     if fixable is not None:
         return f"{said}; {fixable.group} fits with {fixable.fix}"
+    if elsewhere is not None:
+        return f"{said}; {elsewhere.group} would fit (trainer.strategy={elsewhere.group.strategy})"
     larger = _larger(recipe, target, total, forecast)
     if larger is None:
         return f"{said}; a smaller model (model.n_layer, model.n_embd, model.block_size), or devices with more memory, would"
-    cost = _cost(recipe, target, larger, steps, forecast)
+    # nobody has said what would connect several nodes, where the description has one
+    cost = _cost(recipe, target, larger, steps, forecast) if target.cluster.inter_node is not None else ""
     return f"{said}; {larger.strategy} on {larger.nodes} nodes of {larger.devices} would fit{cost}"
+
+
+def _under_other_strategies(recipe: Recipe, target: Target, total: int, forecast: Forecaster) -> Trial | None:
+    """The fastest layout on the same machines that fits where the recipe does not fix strategy and devices."""
+    if not target.machine.gpus or (recipe.trainer.strategy == "auto" and recipe.trainer.devices == "auto"):
+        return None
+    opened = {"strategy": "auto", "devices": "auto", "num_nodes": "auto"}
+    free = with_open_choices(recipe)
+    free = free.model_copy(update={"trainer": free.trainer.model_copy(update=opened)})
+    problems: list[str] = []
+    open_sizes = sizes(free, total, target, problems, {})
+    trials = [] if problems else explore(free, target, total, open_sizes, 0, forecast)[0]
+    return min(trials, key=lambda trial: trial.step.seconds, default=None)
 
 
 def _larger(recipe: Recipe, target: Target, total: int, forecast: Forecaster) -> Layout | None:

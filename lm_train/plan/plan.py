@@ -22,6 +22,7 @@ LAYOUT_FIELDS = (
     "devices",
     "strategy",
     "precision",
+    "global_batch_size",
     "micro_batch_size",
     "accumulate_grad_batches",
     "activation_checkpointing",

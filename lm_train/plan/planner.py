@@ -6,15 +6,14 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from lm_train.clusters import Numbers, check_here, find
+from lm_train.clusters import check_here, find
 from lm_train.errors import UsageError
 from lm_train.hardware import Machine
-from lm_train.plan.choice import NEARLY, Priced, choose, priced, ranked, why_misfit, why_not
-from lm_train.plan.counts import flops_per_sample, parameter_count, parameter_shapes
-from lm_train.plan.facts import known_facts, with_assumptions
+from lm_train.plan.choice import Priced, choose, priced, ranked, why_misfit, why_not
 from lm_train.plan.forecast import Costs, hours_allowed, prediction_of
-from lm_train.plan.laws import ASKED_RANGE, batch_tokens, batch_tokens_of_steps, compute_optimum, final_loss
+from lm_train.plan.laws import ASKED_RANGE, compute_optimum, final_loss
 from lm_train.plan.layout import Layout
+from lm_train.plan.length import global_batch, steps_asked
 from lm_train.plan.memory import state_bytes
 from lm_train.plan.nearest import nothing_fits
 from lm_train.plan.network import Forecaster, Network, network_of, traced
@@ -30,9 +29,10 @@ from lm_train.plan.options import (
 )
 from lm_train.plan.plan import Plan
 from lm_train.plan.prediction import Interval, Prediction
-from lm_train.plan.search import Misfit, Trial, explore
+from lm_train.plan.reasons import explain
+from lm_train.plan.search import Misfit, Trial, explore, misfit_of
 from lm_train.plan.target import Target
-from lm_train.recipe import Recipe, samples_are_sequences, task_of
+from lm_train.recipe import Recipe, samples_are_sequences
 from lm_train.slurm import Allocation
 
 MICRO_BATCH_TOKENS = {"gpu": 16_384, "cpu": 4_096}
@@ -58,7 +58,13 @@ class Schedule:
     notes: tuple[str, ...] = ()
 
 
-def make_plan(recipe: Recipe, machine: Machine, allocation: Allocation | None = None, must_fit: bool = True) -> Plan:
+def make_plan(
+    recipe: Recipe,
+    machine: Machine,
+    allocation: Allocation | None = None,
+    must_fit: bool = True,
+    earlier: Plan | None = None,
+) -> Plan:
     """Decides everything the recipe left open, for this machine and the Slurm step around this process.
 
     Args:
@@ -66,16 +72,19 @@ def make_plan(recipe: Recipe, machine: Machine, allocation: Allocation | None = 
         machine: what this node has; the others of an allocation have the same.
         allocation: the Slurm step around this process, if there is one.
         must_fit: refuse what does not fit into memory.
+        earlier: the plan with which this run began, whose global batch stays.
 
     Raises:
         UsageError: with every wish of the recipe that cannot be fulfilled here, one line each.
     """
     named = find(recipe.cluster, machine, allocation)
     cluster = check_here(named, recipe.cluster, machine, allocation)
-    return schedule(recipe, Target(cluster, machine, allocation), trace=False, must_fit=must_fit).plan
+    return schedule(recipe, Target(cluster, machine, allocation), trace=False, must_fit=must_fit, earlier=earlier).plan
 
 
-def schedule(recipe: Recipe, target: Target, trace: bool = True, must_fit: bool = True) -> Schedule:
+def schedule(
+    recipe: Recipe, target: Target, trace: bool = True, must_fit: bool = True, earlier: Plan | None = None
+) -> Schedule:
     """Decides everything the recipe left open.
 
     Args:
@@ -83,6 +92,7 @@ def schedule(recipe: Recipe, target: Target, trace: bool = True, must_fit: bool 
         target: where to run.
         trace: whether a network without formulas may be traced, which takes a process with torch and some seconds.
         must_fit: refuse what does not fit into memory; else a note says so.
+        earlier: the plan with which this run began, whose global batch stays.
 
     Raises:
         UsageError: with every wish of the recipe that cannot be fulfilled there, one line each; or if no layout fits into the
@@ -91,7 +101,7 @@ def schedule(recipe: Recipe, target: Target, trace: bool = True, must_fit: bool 
     problems = machine_problems(recipe, target.machine, target.cluster.here) + _budget_problems(recipe, target)
     reasons: dict[str, str] = {}
     network = network_of(recipe)
-    total = _global_batch(recipe, target, reasons)
+    total = global_batch(recipe, target, reasons, earlier)
     open_sizes = sizes(recipe, total, target, problems, reasons)
     if problems:
         raise UsageError(problems)
@@ -99,7 +109,7 @@ def schedule(recipe: Recipe, target: Target, trace: bool = True, must_fit: bool 
     if workers == "auto":
         workers, reasons["data.num_workers"] = 0, WORKERS
     limits = recipe.budget.limits
-    steps = _steps_asked(recipe, total, reasons)
+    steps = steps_asked(recipe, total, reasons)
     unknown = [target.cluster.device.warning] if target.cluster.device.warning else []
     forecast = Forecaster.of(recipe, network, target)
     by_rule: Layout | None = None
@@ -108,7 +118,7 @@ def schedule(recipe: Recipe, target: Target, trace: bool = True, must_fit: bool 
         by_rule = _by_rule(recipe, target, total, open_sizes[-1], workers, ruled)
         if not target.machine.gpus:
             reasons |= ruled
-        if trace or target.machine.gpus:
+        if trace or target.machine.gpus or steps is None:
             network = traced(recipe, network, by_rule, _asked_for(recipe, target, total, open_sizes))
             forecast = Forecaster.of(recipe, network, target)
     if forecast is None:
@@ -121,8 +131,11 @@ def schedule(recipe: Recipe, target: Target, trace: bool = True, must_fit: bool 
     if by_rule is not None and not target.machine.gpus:
         # without GPUs the rule's layout stands, so that training need not trace before it starts
         group = Group(by_rule.nodes, by_rule.devices, by_rule.strategy, by_rule.precision)
-        trials = [Trial(group, by_rule, forecast.memory(by_rule), forecast.step(by_rule))]
+        memory = forecast.memory(by_rule)
         misfits: list[Misfit] = []
+        trials = [Trial(group, by_rule, memory, forecast.step(by_rule))]
+        if not memory.fits:
+            trials, misfits = [], [misfit_of(recipe, total, group, by_rule, forecast)]
     else:
         trials, misfits = explore(recipe, target, total, open_sizes, workers, forecast)
     if not trials:
@@ -134,9 +147,9 @@ def schedule(recipe: Recipe, target: Target, trace: bool = True, must_fit: bool 
     every = [priced(trial, _costs(recipe, target, trial, forecast), steps, limits, target) for trial in trials]
     chosen = choose(every, recipe.budget.optimize, steps is not None)
     shortage = _shortage(chosen, limits, steps)
-    if chosen.steps == 0:
+    if chosen.steps == 0 or chosen.costs.hours(1, chosen.trial.step).low > chosen.allowed:
         raise UsageError(shortage or "the budget pays for no step")
-    _explain(recipe, target, chosen, every, reasons)
+    explain(recipe, target, chosen, every, reasons)
     prediction = _prediction(recipe, network, target, chosen, forecast)
     near, far = ranked(every, chosen)
     rejected = [why_not(one, chosen, limits, recipe.budget.optimize) for one in near]
@@ -189,77 +202,11 @@ def _budget_problems(recipe: Recipe, target: Target) -> list[str]:
     return problems
 
 
-def _global_batch(recipe: Recipe, target: Target, reasons: dict[str, str]) -> int:
-    """The recipe's, or where it leaves it open the batch that suits so much text, as a number of sequences that every layout
-    divides."""
-    asked = recipe.data.global_batch_size
-    if asked != "auto":
-        return asked
-    block, trainer = int(getattr(recipe.model, "block_size", 1)), recipe.trainer
-    if trainer.max_tokens is not None:
-        tokens, over = batch_tokens(trainer.max_tokens), f"{trainer.max_tokens:,} tokens"
-    elif isinstance(trainer.max_steps, int):
-        tokens, over = batch_tokens_of_steps(trainer.max_steps), f"{trainer.max_steps:,} steps"
-    else:
-        pays_for = _tokens_paid(recipe, target)
-        tokens, over = batch_tokens(pays_for), f"the {pays_for:.2g} tokens that the budget about pays for"
-    fixed = (recipe.data.micro_batch_size, trainer.accumulate_grad_batches)
-    unit = math.prod(_most_ranks(recipe, target)) * math.prod(value for value in fixed if value != "auto")
-    sequences = max(unit, 2 ** round(math.log2(max(1.0, tokens / block))))
-    sequences = -(-sequences // unit) * unit
-    reasons["data.global_batch_size"] = (
-        f"0.58 D^0.571 tokens (Step Law, arXiv:2503.04715) over {over} are {tokens:,.0f}, {tokens / block:.0f} sequences"
-    )
-    return sequences
-
-
-def _most_ranks(recipe: Recipe, target: Target) -> tuple[int, int]:
-    """Nodes and ranks a node of the largest layout that is open."""
-    nodes, devices, allocation = recipe.trainer.num_nodes, recipe.trainer.devices, target.allocation
-    if nodes == "auto":
-        nodes = target.cluster.nodes if allocation is None else allocation.nodes
-    if devices == "auto":
-        tasks = 1 if allocation is None else allocation.tasks_per_node
-        devices = target.cluster.devices_per_node if target.machine.gpus else tasks
-    return (1, 1) if recipe.trainer.strategy == "single" or recipe.debug else (nodes, devices)
-
-
-def _tokens_paid(recipe: Recipe, target: Target) -> float:
-    """Tokens that the budget pays for, from the FLOPs of a token and what the devices achieve; good to a factor of two, which
-    moves the batch by half."""
-    task, facts = task_of(recipe), with_assumptions(recipe, known_facts(recipe))[0]
-    shapes = parameter_shapes(recipe.model, task, facts)
-    each = None if shapes is None else flops_per_sample(recipe.model, task, facts, parameter_count(shapes))
-    if each is None:
-        return 1e9
-    device, most = target.cluster.device, target.cluster.nodes * target.cluster.devices_per_node
-    number: Numbers = "bf16" if "bf16" in device.peak_flops else "fp32"
-    rate = device.peak_flops[number] * device.achievable.get(number, 0.5) * 0.6
-    hours = hours_allowed(recipe.budget.limits, most, target.cluster)
-    return hours * 3600 * rate * most / each * int(getattr(recipe.model, "block_size", 1))
-
-
-def _steps_asked(recipe: Recipe, total: int, reasons: dict[str, str]) -> int | None:
-    """Optimizer steps of the run; None where the budget decides."""
-    trainer = recipe.trainer
-    if trainer.max_tokens is not None:
-        steps = math.ceil(trainer.max_tokens / (total * int(getattr(recipe.model, "block_size", 1))))
-        reasons["trainer.max_steps"] = f"{trainer.max_tokens:,} tokens"
-        return steps
-    if trainer.max_epochs is not None:
-        reasons["trainer.max_steps"] = f"stands for {trainer.max_epochs:g} epochs until the data are read"
-        return trainer.max_steps if isinstance(trainer.max_steps, int) else 1000
-    if trainer.max_steps == "auto":
-        reasons["trainer.max_steps"] = "what the budget pays for; the measured speed corrects it on the way"
-        return None
-    return trainer.max_steps
-
-
 def _shortage(chosen: Priced, limits: dict[str, float], steps: int | None) -> str | None:
     if chosen.is_affordable:
         return None
     given = " and ".join(f"budget.{name}={value:g}" for name, value in limits.items())
-    if chosen.steps == 0:
+    if chosen.steps == 0 or chosen.costs.hours(1, chosen.trial.step).low > chosen.allowed:
         return (
             f"{given}: start, one step, validation and the last checkpoint take {_one_step(chosen):.2g} h on "
             f"{chosen.trial.layout.ranks} devices; give more"
@@ -285,61 +232,6 @@ def _costs(recipe: Recipe, target: Target, trial: Trial, forecast: Forecaster) -
     )
 
 
-def _explain(recipe: Recipe, target: Target, chosen: Priced, every: list[Priced], reasons: dict[str, str]) -> None:
-    """Why each `auto` became what it is."""
-    layout, trainer = chosen.trial.layout, recipe.trainer
-    if trainer.precision == "auto":
-        reasons["trainer.precision"] = precision_for(recipe, target.machine, layout.strategy)[1]
-    others = [one for one in every if one is not chosen]
-    if trainer.devices == "auto" and "trainer.devices" not in reasons:
-        sizes_tried = [one for one in others if one.trial.layout.ranks != layout.ranks]
-        best = min(sizes_tried, key=lambda one: one.hours, default=None)
-        aim = recipe.budget.optimize
-        there = target.cluster.nodes * target.cluster.devices_per_node
-        if best is not None:
-            reasons["trainer.devices"] = (
-                f"{aim}: {chosen.hours:.3g} h, {chosen.gpu_hours:.3g} gpu-hours; on {best.trial.layout.ranks} "
-                f"{best.hours:.3g} h, {best.gpu_hours:.3g}"
-            )
-        elif layout.ranks < there:
-            reasons["trainer.devices"] = (
-                f"of {there} the most that divide data.global_batch_size={layout.global_batch_size}"
-            )
-        else:
-            reasons["trainer.devices"] = f"all of {target.cluster.name}"
-    if trainer.strategy == "auto":
-        same = [one for one in others if one.trial.layout.ranks == layout.ranks]
-        best = min(same, key=lambda one: one.hours, default=None)
-        reasons["trainer.strategy"] = (
-            "one process"
-            if layout.ranks == 1 and layout.strategy == "single"
-            else "the only one that fits"
-            if best is None
-            else f"next best: {best.trial.group}, {best.hours / chosen.hours:.2f} times as long"
-            if best.hours > chosen.hours * (1 + NEARLY)
-            else f"as fast as {best.trial.group}, and plainer"
-        )
-    if recipe.data.micro_batch_size == "auto" and trainer.accumulate_grad_batches == "auto":
-        share = layout.micro_batch_size * layout.accumulate_grad_batches
-        largest = layout.micro_batch_size == share
-        reasons["data.micro_batch_size"] = (
-            f"the whole share of {'the process' if layout.ranks == 1 else 'each process'}"
-            if largest
-            else f"fastest of the divisors of {share} that fit, or as fast with less memory"
-        )
-    memory = chosen.trial.memory
-    if trainer.activation_checkpointing == "auto":
-        reasons["trainer.activation_checkpointing"] = (
-            "all activations fit" if layout.activation_checkpointing == "none" else "recomputed to fit into memory"
-        )
-    if trainer.cross_entropy_chunks == "auto":
-        reasons["trainer.cross_entropy_chunks"] = (
-            "the logits fit"
-            if layout.cross_entropy_chunks == 1
-            else f"so that logits take {memory.logits / 1e9:.1f} GB"
-        )
-
-
 def _prediction(recipe: Recipe, network: Network, target: Target, chosen: Priced, forecast: Forecaster) -> Prediction:
     layout = chosen.trial.layout
     return prediction_of(
@@ -352,6 +244,7 @@ def _prediction(recipe: Recipe, network: Network, target: Target, chosen: Priced
         forecast.checkpoint_bytes(layout),
         network.flops_per_sample,
         _final_loss(recipe, network, chosen.steps * layout.global_batch_size),
+        chosen.allowed,
     )
 
 

@@ -131,11 +131,15 @@ def _misfit(recipe: Recipe, target: Target, total: int, group: Group, workers: i
     micro = micro_batches(recipe, total, group.ranks)[-1]
     recomputed, chunks = recomputations(recipe)[-1], chunkings(recipe, task_of(recipe))[-1]
     layout = layout_of(group, recipe, target, total, micro, recomputed, chunks, workers)
-    memory = forecast.memory(layout)
-    return Misfit(group, layout, memory, _fix(recipe, target, total, layout, group, forecast))
+    return misfit_of(recipe, total, group, layout, forecast)
 
 
-def _fix(recipe: Recipe, target: Target, total: int, layout: Layout, group: Group, forecast: Forecaster) -> str | None:
+def misfit_of(recipe: Recipe, total: int, group: Group, layout: Layout, forecast: Forecaster) -> Misfit:
+    """A layout that does not fit, with what would make it fit."""
+    return Misfit(group, layout, forecast.memory(layout), _fix(recipe, total, layout, group, forecast))
+
+
+def _fix(recipe: Recipe, total: int, layout: Layout, group: Group, forecast: Forecaster) -> str | None:
     """The least that must change, in words: a smaller micro batch, recomputation, chunks, all of them."""
     share = total // group.ranks
     free = with_open_choices(recipe)
