@@ -1,6 +1,6 @@
 """Predicted against measured peak memory of real trainings on CPU processes.
 
-    python benchmarks/memory.py [--only NAME ...] [--out NAME]
+    python benchmarks/memory.py [--only NAME ...] [--resume FILE] [--publish] [--out NAME]
 
 Each row of memory_list.py is the whole command, `lm-train train` with its processes, for four optimizer steps, a validation and
 a checkpoint. Measured is the highest resident memory of the rank with most (VmHWM, set back as the training starts) less what
@@ -192,6 +192,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", help="names of rows; writes no results")
     parser.add_argument("--resume", type=Path, help="file of rows that were measured before, and where new ones go")
+    parser.add_argument("--publish", action="store_true", help="measure nothing more; write what --resume has")
     parser.add_argument("--out", default="memory_cpu")
     options = parser.parse_args()
     frozen = hashlib.blake2b((HERE / "memory_list.py").read_bytes(), digest_size=16).hexdigest()
@@ -202,6 +203,8 @@ def main() -> None:
         make_images(place)
         chosen = [row for row in ROWS if not options.only or row.name in options.only]
         again = [] if options.only else [row for row in ROWS if row.name in REPEATED]
+        if options.publish:
+            chosen, again = [], []
         random.Random(0).shuffle(chosen)  # so that what an interrupted run has measured is of every kind
         for row, times in [*((row, 1) for row in chosen), *((row, 3) for row in again)]:
             words = words_of(row, place)
@@ -212,11 +215,13 @@ def main() -> None:
                     kept.write_text(json.dumps(measured))
             print(line(result_of(row, words_of(row, Path("FOLDER")), measured[row.name])), flush=True)
     if not options.only:
-        rows = [result_of(row, words_of(row, Path("FOLDER")), measured[row.name]) for row in ROWS]
+        known = [row for row in ROWS if measured.get(row.name)]
+        rows = [result_of(row, words_of(row, Path("FOLDER")), measured[row.name]) for row in known]
         result = {
             "steps": STEPS,
             "allocator": ALLOCATOR,
             "list_blake2b": frozen,
+            "not_measured": [row.name for row in ROWS if row not in known],
             "constants": {"BARE_PROCESS": BARE_PROCESS, "CPU_RUNTIME": CPU_RUNTIME, "DEEPSPEED": DEEPSPEED},
             "splits": splits(rows),
             "noise": noise(rows),
@@ -300,6 +305,8 @@ def page(result: dict[str, Any]) -> str:
     for name, s in result["splits"].items():
         figures = " | ".join(f"{s[key]:.2%}" for key in ("mean", "median", "p95", "worst"))
         lines.append(f"| {name} | {s['rows']} | {s['mean_signed']:+.2%} | {figures} |")
+    if result["not_measured"]:
+        lines += ["", f"Rows of the list that were not measured: {', '.join(result['not_measured'])}."]
     lines += ["", "The same row measured three times, largest difference of two peaks:", ""]
     lines += [f"* {name}: {spread:.2%}" for name, spread in result["noise"].items()]
     lines += [
