@@ -144,6 +144,15 @@ def test_accumulation_holds_gradients_all_the_time() -> None:
     assert twice.gradients == 4 * parameters
 
 
+def test_ddp_accumulates_beside_its_buckets() -> None:
+    """Hooks that put gradients into the buckets are off until the last micro batch: seen in real processes."""
+    layout = spread("ddp", 2, accelerator="cpu", precision="32-true", micro_batch_size=1)
+    accumulated = predicted(replace(layout, accumulate_grad_batches=2))
+    assert accumulated.moment == "the backward pass"
+    assert accumulated.buffers == accumulated.gradients
+    assert accumulated.total - predicted(layout).total > 0.5 * accumulated.gradients
+
+
 @pytest.mark.parametrize("strategy", ["single", "ddp", "fsdp", "zero2"])
 def test_less_work_at_once_takes_less(strategy: Strategy) -> None:
     layout = spread(strategy, 1 if strategy == "single" else 4, micro_batch_size=16)

@@ -101,13 +101,15 @@ class Moments:
         """single: Lightning sets gradients to None after the forward pass, so that the last step's are there in it; in the
         backward pass they appear, or are added to those of earlier micro batches.
 
-        ddp: gradients are views of the buckets, which stay; what the backward pass makes is copied there. After the first
-        step torch lays the buckets out in the order of the backward pass: for a moment there are two sets of them.
+        ddp: gradients are views of the buckets, which stay; what the backward pass makes is copied there. Where micro batches
+        accumulate, all but the last make gradients beside the buckets. After the first step torch lays the buckets out in the
+        order of the backward pass: for a moment there are two sets of them.
         """
         stay = self.accumulates or self.layout.strategy == "ddp"
+        beside = self.state.gradients if self.accumulates and self.layout.strategy == "ddp" else 0
         for stage in self.stages:
-            yield self._forward(stage, self.state.gradients)
-            yield self._backward(stage, self.state.gradients) if stay else self._growing(stage)
+            yield self._forward(stage, self.state.gradients, beside)
+            yield self._backward(stage, self.state.gradients, beside) if stay else self._growing(stage)
         if self.layout.strategy == "ddp":
             yield Moment(BUCKETS, self.state.gradients, self.batches, 0, self.state.gradients)
 
