@@ -252,7 +252,7 @@ def amounts_in_words(used: dict[str, float], limits: dict[str, float], tariff: T
     """`0.0297 of 0.03 h, 1.9 of 2 USD`; without limits what was used."""
     if not limits:
         return f"{used['gpu_hours']:.3g} GPU-hours"
-    return ", ".join(f"{used[name]:.3g} of {limit:g} {tariff.unit(name)}" for name, limit in limits.items())
+    return ", ".join(f"{used[name]:.3g} of {limit:.4g} {tariff.unit(name)}" for name, limit in limits.items())
 
 
 def check_currency(plan: Plan, account: Account) -> None:

@@ -30,6 +30,8 @@ KEPT_BACK = 0.01
 """Of the time left: not planned with, so that the guard does not end the run before its schedule has ended."""
 SAMPLED_TOKEN_S = 0.01
 """Of drawing a token of the sample: an estimate for small networks on a CPU."""
+MOST_FOR_EVALUATIONS = 0.25
+"""Of the budget: the last evaluations are not planned for where they take more."""
 JUDGED_AFTER = 30
 """Steps after which a measured step and its memory are held against the prediction."""
 
@@ -242,7 +244,10 @@ class BudgetGuard(L.Callback):
         if self._validation_seconds is not None and validation:
             batch = self._validation_seconds / validation
         sample = self.recipe.trainer.sample_tokens * SAMPLED_TOKEN_S
-        return self.guard.save_seconds + (validation + test) * batch + sample + self.guard.shutdown
+        evaluations = (validation + test) * batch
+        if evaluations > MOST_FOR_EVALUATIONS * self.guard.end:
+            evaluations = 0.0  # the training goes on instead; they are cut off where the budget ends
+        return self.guard.save_seconds + evaluations + sample + self.guard.shutdown
 
     def _judge(self, trainer: StepTrainer, step: int, now: float) -> None:
         """Says once where a step or its memory lies outside of what was predicted, and what that means for the end."""
@@ -264,6 +269,8 @@ class BudgetGuard(L.Callback):
 
     def _corrected_cost(self, trainer: StepTrainer, step: int, now: float, seconds: float) -> str:
         assert self.spending is not None
+        if self.horizon.moves:
+            return f"the last step follows: about {step + self.guard.boundaries_left(now):,}"
         rest = (trainer.max_steps - step) * (seconds + self._beside_a_step()) + self.closing_seconds(seconds)
         until = min(now + rest, self.guard.end)
         used, tariff = self.spending.tariff.amounts(until), self.spending.tariff
