@@ -334,12 +334,20 @@ def check_formulas(name: str, options: dict[str, Any]) -> None:
     if kind == "recurrent":
         return  # the formulas count what is resident of oneDNN's workspace, a third of what it allocates
     assert sum(stage.parameters for stage in formula.stages) == found.trained
-    # a batch in bf16 is counted with what it was made from, and oneDNN's scratch memory is not seen
-    near = {"rel": 0.025 if kind in MANY else 0.012, "abs": 2 * counted.batch_bytes + 2**16}
-    assert formula.evaluation_peak == pytest.approx(counted.evaluation_peak, **near)
+    # the formulas count what kernels take for themselves, too, which a trace does not see: oneDNN's convolutions, and the copy
+    # that a softmax makes of logits with a padded vocabulary; and a batch in bf16 with what it was made from
+    less, more = (0.025, 0.25) if kind in MANY else (0.015, 0.02)
+    slack = 2 * counted.batch_bytes + 2**16
+    logits_copy = 1.5 if task == "masked_lm" else 1.0
+
+    def agree(formula_peak: int, traced_peak: int, copies: float = 1.0) -> bool:
+        least, most = traced_peak * (1 - less), traced_peak * (1 + more) * copies
+        return least - slack <= formula_peak <= most + slack
+
+    assert agree(formula.evaluation_peak, counted.evaluation_peak, logits_copy)
     for peak in ("forward_peak", "backward_peak_with_gradients"):
         highest = [max(getattr(stage, peak) for stage in work.stages) for work in (formula, counted)]
-        assert highest[0] == pytest.approx(highest[1], **near), peak
+        assert agree(*highest), (peak, highest)
 
 
 @pytest.mark.parametrize("name", ["gpt_nano", "llama_1b", "bert_news", "resnet_cifar10", "seq2seq_debug"])
