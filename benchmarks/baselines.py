@@ -25,6 +25,7 @@ import io
 import json
 import logging
 import multiprocessing
+import os
 import re
 import resource
 import sys
@@ -40,7 +41,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import lightning.pytorch as L
 import torch
 from lightning.pytorch.callbacks import BatchSizeFinder
-from memory import CLASSES, PIXELS, _cluster, layout_of, predict, words_of
+from memory import ALLOCATOR, CLASSES, PIXELS, _cluster, layout_of, predict, words_of
 from memory_list import GPT_A, ROWS, Row
 from report import RESULTS, errors, write_results
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -254,6 +255,7 @@ def _finds(answers: Any) -> None:
 
 def batch_size_finder() -> dict[str, Any]:
     """What it finds under a limit of address space, and what the formulas say."""
+    os.environ.update(ALLOCATOR)  # read as the process starts; else freed memory still counts as taken
     context = multiprocessing.get_context("spawn")
     answers = context.Queue()
     process = context.Process(target=_finds, args=(answers,))
