@@ -132,7 +132,7 @@ def predicted(words: Iterable[str], plan: Plan, calibrated: bool = True) -> Time
     """Of the layout that was run, by the calibration or by the rules of thumb for this machine."""
     recipe, layout, cluster = load(list(words)), layouts(plan), here()
     facts = known_facts(recipe)
-    if getattr(recipe.data, "kind", "") == "images":
+    if str(getattr(recipe.data, "path", "")).endswith("/images"):  # made by make_images
         facts = DataFacts(input_shape=(3, PIXELS, PIXELS), n_outputs=CLASSES)
     asked = getattr(recipe.model, "vocab_size", "auto")
     if isinstance(asked, int):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -28,8 +27,10 @@ from lm_train.runs import write_atomically
 from lm_train.slurm import Allocation, current_allocation
 from lm_train.supervisor import say
 
-PATIENCE_S = 280.0
-"""A calibration that takes longer is given up."""
+STRATEGIES_UNTIL_S = 250.0
+"""Since the beginning: later no further strategy is tried, so that a calibration takes less than five minutes."""
+PATIENCE_S = 900.0
+"""How long the processes of one setting may take, on a machine that is busy with other things."""
 NOISY = 0.15
 """Spread between repeats above which a machine is too busy to be measured."""
 PACKAGES = ("lm-train", "torch", "lightning", "deepspeed")
@@ -123,7 +124,7 @@ def measure(machine: Machine, allocation: Allocation | None, cluster: Cluster, q
             versions={name: _version(name) for name in PACKAGES},
             date=date.today().isoformat(),
             quick=quick,
-            noise=statistics.median(setting.noise for setting in settings),
+            noise=settings[0].noise,
             settings=tuple(settings),
             training=Training(**training["loop"], start_seconds=cluster.start_seconds),
             disk=Disk(**training["disk"]),
@@ -132,7 +133,7 @@ def measure(machine: Machine, allocation: Allocation | None, cluster: Cluster, q
         )
         if not quick and cluster.cpu_cores_per_node > 1 and allocation is None:
             say("calibrating: strategies on two processes")
-            calibration = strategy_costs(calibration, cluster, folder, until=began + PATIENCE_S)
+            calibration = strategy_costs(calibration, cluster, folder, until=began + STRATEGIES_UNTIL_S)
     return calibration
 
 

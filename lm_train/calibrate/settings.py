@@ -13,7 +13,7 @@ from torch import nn
 
 from lm_train.calibrate.operations import Timed, operations
 from lm_train.calibrate.parts import Work
-from lm_train.calibrate.timing import FULL, QUICK, Call, Case, Patience, time_all, warm_up
+from lm_train.calibrate.timing import FULL, ONCE, QUICK, Call, Case, Patience, time_all, warm_up
 from lm_train.optim import build_optimizer
 from lm_train.plan.rates.calibration import Pass, Setting, Sum
 from lm_train.plan.rates.tables import Point
@@ -44,7 +44,7 @@ def measure(work: Work) -> Setting:
             world_size=work.ranks,
             timeout=timedelta(minutes=5),
         )
-    patience = QUICK if work.quick else FULL
+    patience = QUICK if work.quick else FULL if work.training else ONCE
     warm_up(device, 0.2 if work.quick else 1.0)
     timed = operations(device, patience.largest) if work.operations else []
     passes = _passes(device, patience) if work.operations else []

@@ -47,7 +47,9 @@ class Patience:
     """Work that a case may have, as a share of what a full calibration measures."""
 
 
-FULL = Patience(rounds=2, seconds=0.008, largest=1.0)
+FULL = Patience(rounds=2, seconds=0.006, largest=1.0)
+ONCE = Patience(rounds=1, seconds=0.006, largest=1.0)
+"""For the settings after the first, which has shown how noisy the machine is."""
 HELD = 1 << 25
 """Bytes of results that stay alive: above the caches of a CPU, and as a network keeps them."""
 QUICK = Patience(rounds=1, seconds=0.004, largest=0.05)
