@@ -182,7 +182,8 @@ def _counted(supervisor: Supervisor) -> Iterator[list[int]]:
 def _nothing_to_do(recipe: Recipe, plan: Plan, folder: RunFolder, account: Account, series: str | None) -> str | None:
     """Why a run is not started again, or None."""
     if recipe.resume == "auto" and runs.is_finished(recipe, folder) and not account.stopped_by_budget:
-        return f"{folder.root} is finished already; give another name= to train anew, or a larger trainer.max_steps to go on"
+        more = "a larger budget" if recipe.trainer.max_steps == "auto" else "a larger trainer.max_steps"
+        return f"{folder.root} is finished already; give another name= to train anew, or {more} to go on"
     if account.is_spent(plan):
         return f"{folder.root}: the budget is spent: {_how_to_go_on(recipe, folder, plan, account, series)}"
     return None
