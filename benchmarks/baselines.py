@@ -120,15 +120,14 @@ def mem_tracker(recipe: Recipe, facts: DataFacts, layout: Layout) -> int:
         tracker = MemTracker()
         tracker.track_external(module, optimizer, *tensors_of(batch))
         with tracker:
-            for step in range(2):
+            for _ in range(2):
                 for micro in range(layout.accumulate_grad_batches):
                     with autocast(alone):
                         loss = module.training_step(batch, micro)
                     loss.backward()
+                    tracker.reset_mod_stats()  # it refuses a second forward pass without
                 optimizer.step()
                 optimizer.zero_grad()
-                if step == 0:
-                    tracker.reset_mod_stats()
         peak = tracker.get_tracker_snapshot("peak")
     return int(peak[torch.device("cpu")]["Total"])
 
@@ -289,7 +288,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--only", nargs="+", help="names of rows; writes no results")
     parser.add_argument("--finder", action="store_true", help="run Lightning's BatchSizeFinder as well (minutes)")
     parser.add_argument("--measured", type=Path, default=RESULTS / "memory_cpu.json")
-    parser.add_argument("--resume", type=Path, help="file of answers that were given before, and where new ones go")
+    parser.add_argument(
+        "--resume", type=Path, help="answers that were given before, and where new ones go; or earlier results"
+    )
     parser.add_argument("--out", default="baselines")
     options = parser.parse_args(arguments)
     warnings.simplefilter("ignore")
@@ -298,6 +299,10 @@ def main(arguments: list[str] | None = None) -> None:
         measured = {row["name"]: row["measured"] for row in json.loads(options.measured.read_text())["result"]["rows"]}
     kept = options.resume
     answers: dict[str, dict[str, Any]] = json.loads(kept.read_text()) if kept and kept.exists() else {}
+    finder = None
+    if "result" in answers:  # results of before: only what was measured is read anew
+        kept, finder = None, answers["result"].get("finder")
+        answers = {row["name"]: row for row in answers["result"]["rows"]}
     for row in ROWS:
         if row.name not in answers and (not options.only or row.name in options.only):
             answers[row.name] = asked(row)
@@ -306,9 +311,10 @@ def main(arguments: list[str] | None = None) -> None:
                 kept.write_text(json.dumps(answers))
     rows = [held_against(row, measured.get(name)) for name, row in answers.items()]
     result: dict[str, Any] = {"summary": summary(rows), "rows": rows}
-    if options.finder:
-        result["finder"] = batch_size_finder()
-        print(json.dumps(result["finder"]))
+    finder = batch_size_finder() if options.finder else finder
+    if finder is not None:
+        result["finder"] = finder
+        print(json.dumps(finder))
     print(json.dumps(result["summary"], indent=1))
     if not options.only:
         write_results("baselines", result, options.out)
