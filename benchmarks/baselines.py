@@ -29,6 +29,7 @@ import os
 import re
 import resource
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
@@ -236,6 +237,7 @@ def _finds(answers: Any) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (size + FINDER_BYTES, resource.RLIM_INFINITY))
     finder = BatchSizeFinder(mode="binsearch", steps_per_trial=3, init_val=1)
     trainer = L.Trainer(
+        default_root_dir=tempfile.mkdtemp(),  # where it leaves a checkpoint, if it breaks off
         accelerator="cpu", max_steps=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, callbacks=[finder],
     )  # fmt: skip
