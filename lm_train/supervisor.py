@@ -162,7 +162,10 @@ class Supervisor:
             if deadline == float("inf"):
                 bad = any(rank.returncode not in together for rank in self.ranks)
                 if not bad and not self.alone and now > look:
-                    bad, look = bool(self._reports_elsewhere()), now + LOOK_S
+                    reports, look = self._reports_elsewhere(), now + LOOK_S
+                    if any(report.stopped and report.exit_code == ExitCode.DONE for report in reports):
+                        return None  # the budget is used up: nothing is held any longer
+                    bad = bool(reports)
                 if bad:
                     self._first_failure()  # tells the other supervisors
                     deadline = now + GRACE_S

@@ -198,16 +198,18 @@ class BudgetGuard(L.Callback):
         if not self._judged and self._steps >= JUDGED_AFTER and self._steps % 10 == 0:
             self._judge(trainer, step, now)
         fraction = self.spending.used_fraction()
-        if fraction is not None and fraction >= WARN_AT and not self._warned and self._steps >= WARM_STEPS:
+        if fraction is not None and fraction >= WARN_AT and not self._warned:
             self._warned = True
             self.spending.note("warned")
-            last = step + self.guard.boundaries_left(now)
-            rest = (
-                f"it ends at about step {last:,} of {trainer.max_steps:,}"
-                if last < trainer.max_steps
-                else f"the rest pays for all {trainer.max_steps:,} steps"
-            )
-            self.say(f"lm-train: warning: {fraction:.0%} of the budget is used ({self.spending.told()}); {rest}")
+            rest = ""
+            if self._steps >= WARM_STEPS:  # before, nobody knows how fast it is
+                last = step + self.guard.boundaries_left(now)
+                rest = (
+                    f"; it ends at about step {last:,} of {trainer.max_steps:,}"
+                    if last < trainer.max_steps
+                    else f"; the rest pays for all {trainer.max_steps:,} steps"
+                )
+            self.say(f"lm-train: warning: {fraction:.0%} of the budget is used ({self.spending.told()}){rest}")
 
     def _corrected_end(self, step: int, now: float) -> int:
         """The last step that the measured speed allows, where one of the marks has been passed; 0: as it is."""

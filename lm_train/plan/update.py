@@ -29,7 +29,9 @@ def update_moment(shapes: NamedShapes, layout: Layout, optim: AnyOptim, state: S
         case "single" | "ddp":
             sizes = [[math.prod(shape) for shape in group] for group in groups]
         case "fsdp":
-            sizes = [[-(-shape[0] // layout.ranks) * math.prod(shape[1:]) for shape in group] for group in groups]
+            sizes = [
+                [-(-(shape or (1,))[0] // layout.ranks) * math.prod(shape[1:]) for shape in group] for group in groups
+            ]
         case _:
             sizes = [[-(-sum(map(math.prod, group)) // layout.ranks)] for group in groups]
             buffers = width * max(map(sum, sizes))
