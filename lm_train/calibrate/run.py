@@ -31,6 +31,8 @@ STRATEGIES_UNTIL_S = 250.0
 """Since the beginning: later no further strategy is tried, so that a calibration takes less than five minutes."""
 PATIENCE_S = 900.0
 """How long the processes of one setting may take, on a machine that is busy with other things."""
+JOINT_S = 400.0
+"""How long the collectives of several tasks may take, of which the others wait here while the first measures by itself."""
 NOISY = 0.15
 """Spread between repeats above which a machine is too busy to be measured."""
 PACKAGES = ("lm-train", "torch", "lightning", "deepspeed")
@@ -109,12 +111,9 @@ def measure(machine: Machine, allocation: Allocation | None, cluster: Cluster, q
         if allocation is not None and allocation.tasks > 1:
             say(f"calibrating: collectives of {allocation.tasks} tasks on {allocation.nodes} nodes")
             joint = _joint(machine, allocation, cluster, quick, place)
-            assert joint is not None
-            settings.append(
-                settings[-1].model_copy(
-                    update={"ranks": joint.ranks, "nodes": joint.nodes, "collectives": joint.collectives}
-                )
-            )
+            if joint is not None:
+                several = {"ranks": joint.ranks, "nodes": joint.nodes, "collectives": joint.collectives}
+                settings.append(settings[-1].model_copy(update=several))
         training = first["training"]
         calibration = Calibration(
             device=cluster.device.name,
@@ -193,14 +192,21 @@ def _joint(machine: Machine, allocation: Allocation, cluster: Cluster, quick: bo
         for number in range(each)
     ]
     with tempfile.TemporaryDirectory(dir=place, prefix=".calibrate-") as folder:
-        found = _run(works, Path(folder))
+        try:
+            found = _run(works, Path(folder), JOINT_S)
+        except NotMeasured as error:
+            if allocation.is_primary:
+                say(f"lm-train: warning: collectives between the tasks were not measured ({error})")
+            return None
+        finally:
+            if allocation.is_primary:
+                store.unlink(missing_ok=True)
     if not allocation.is_primary:
         return None
-    store.unlink(missing_ok=True)
     return Setting.model_validate(found["setting"])
 
 
-def _run(works: Sequence[Work], folder: Path) -> dict[str, Any]:
+def _run(works: Sequence[Work], folder: Path, patience: float = PATIENCE_S) -> dict[str, Any]:
     """Runs the processes side by side; what rank 0 found, if it is among them."""
     out = folder / "found.json"
     out.unlink(missing_ok=True)
@@ -215,7 +221,7 @@ def _run(works: Sequence[Work], folder: Path) -> dict[str, Any]:
                 subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
             )
     try:
-        deadline = time.monotonic() + PATIENCE_S
+        deadline = time.monotonic() + patience
         for work, process in zip(works, processes, strict=True):
             code = process.wait(timeout=max(1.0, deadline - time.monotonic()))
             if code != 0:
@@ -223,7 +229,7 @@ def _run(works: Sequence[Work], folder: Path) -> dict[str, Any]:
                 raise NotMeasured(f"a process that measures ended with exit code {code}: {text.splitlines()[-1:]}")
     except subprocess.TimeoutExpired:
         raise NotMeasured(
-            f"measuring took longer than {PATIENCE_S:.0f} s; try again on a quiet machine, or quick=true"
+            f"measuring took longer than {patience:.0f} s; try again on a quiet machine, or quick=true"
         ) from None
     finally:
         for process in processes:

@@ -36,7 +36,7 @@ class MeasuredRates(Rates):
         below, above = QUICK_ERROR if calibration.quick else RELATIVE_ERROR
         same = (self.setting.ranks, self.setting.threads) == (layout.devices, layout.threads_per_rank)
         further = 0.0 if same and self.setting.nodes >= layout.nodes else 0.15
-        noise = max(0.0, self.setting.noise - 0.03)
+        noise = max(0.0, self.setting.noise - 0.03, calibration.noise - 0.03)
         self.relative_error = (min(0.9, below + further + noise), above + further + noise)
         # threads or neighbours that nobody has measured: by the data sheet's proportions
         self._scale = 1.0 if same else _relative(cluster, layout, self.setting.ranks, self.setting.threads)
