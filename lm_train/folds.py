@@ -13,7 +13,7 @@ from lm_train import launch, runs
 from lm_train.budget import Account
 from lm_train.errors import DataError, ExitCode, LMTrainError, OutputError, UsageError
 from lm_train.output import aligned
-from lm_train.recipe import BudgetSection, LabelledData, Recipe
+from lm_train.recipe import LabelledData, Recipe
 from lm_train.runs import RunFolder
 from lm_train.slurm import current_allocation
 from lm_train.supervisor import say
@@ -51,13 +51,7 @@ def train_folds(recipe: Recipe) -> int:
     for fold in range(1, folds + 1):
         if leads:
             say(f"fold {fold} of {folds}: {fold_name(name, fold)}")
-        part = recipe.model_copy(
-            update={
-                "name": fold_name(name, fold),
-                "data": data.model_copy(update={"fold": fold}),
-                "budget": _share(recipe.budget, folds),
-            }
-        )
+        part = recipe.model_copy(update={"name": fold_name(name, fold), "data": data.model_copy(update={"fold": fold})})
         try:
             code = launch.train(part, series=name)
         except LMTrainError:
@@ -77,11 +71,6 @@ def train_folds(recipe: Recipe) -> int:
     if leads:
         _compare(Path(recipe.runs_dir), name, folds)
     return ExitCode.DONE
-
-
-def _share(budget: BudgetSection, folds: int) -> BudgetSection:
-    """What each of so many folds may use, so that together they keep to the budget."""
-    return budget.model_copy(update={limit: value / folds for limit, value in budget.limits.items()})
 
 
 def fold_name(name: str, fold: int) -> str:

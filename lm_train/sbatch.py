@@ -54,6 +54,8 @@ def write(path: Path, words: Sequence[str], recipe: Recipe, plan: Plan, cluster:
     text = job_file([*others, f"plan={beside}"], recipe, plan, cluster)
     threads = max(1, min(plan.threads_per_rank, cpus(plan, cluster) // plan.devices))
     followed = plan.model_copy(update={"made_for": made_for(recipe), "threads_per_rank": threads})
+    if path.exists() and not _is_job_file(path):
+        raise UsageError(f"sbatch={path}: is there already, and no job file of lm-train; give another path")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         beside.write_text(followed.model_dump_json(indent=2) + "\n", encoding="utf-8")
@@ -64,6 +66,13 @@ def write(path: Path, words: Sequence[str], recipe: Recipe, plan: Plan, cluster:
             f"cannot write {error.filename or path}: {error.strerror}; choose another sbatch=PATH"
         ) from None
     return notes(recipe, plan, cluster)
+
+
+def _is_job_file(path: Path) -> bool:
+    try:
+        return "lm-train" in path.read_text(encoding="utf-8")[:2000]
+    except (OSError, ValueError):
+        return False
 
 
 def job_file(words: Sequence[str], recipe: Recipe, plan: Plan, cluster: Cluster) -> str:

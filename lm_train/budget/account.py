@@ -227,7 +227,9 @@ class Account:
         words, used = [], self.used(tariff)
         for name, limit in plan.limits.items():
             expected: Interval | None = None if plan.prediction is None else getattr(plan.prediction, name)
-            enough = 2 * limit if expected is None or max_steps is None else used[name] + expected.high
+            start = tariff.amounts(2 * self.needed_seconds()).get(name, 0.0)
+            more = limit if expected is None or max_steps is None else expected.high
+            enough = used[name] + max(more, start)
             if step is not None and max_steps is not None and last is not None and last.step_seconds is not None:
                 rest = (max_steps - step) * last.step_seconds
                 # the way to the first step and out again, and a validation and a test of unknown length

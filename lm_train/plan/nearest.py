@@ -34,7 +34,7 @@ def nothing_fits(
     if fixable is not None:
         return f"{said}; {fixable.group} fits with {fixable.fix}"
     if elsewhere is not None:
-        return f"{said}; {elsewhere.group} would fit (trainer.strategy={elsewhere.group.strategy})"
+        return f"{said}; {elsewhere.group} would fit ({_words(recipe, elsewhere)})"
     larger = _larger(recipe, target, total, forecast)
     if larger is None:
         return f"{said}; a smaller model (model.n_layer, model.n_embd, model.block_size), or devices with more memory, would"
@@ -54,6 +54,17 @@ def _under_other_strategies(recipe: Recipe, target: Target, total: int, forecast
     open_sizes = sizes(free, total, target, problems, {})
     trials = [] if problems else explore(free, target, total, open_sizes, 0, forecast)[0]
     return min(trials, key=lambda trial: trial.step.seconds, default=None)
+
+
+def _words(recipe: Recipe, trial: Trial) -> str:
+    """What of the recipe must be said otherwise for a layout."""
+    group, trainer = trial.group, recipe.trainer
+    pairs = (
+        ("strategy", trainer.strategy, group.strategy),
+        ("devices", trainer.devices, group.devices),
+        ("num_nodes", trainer.num_nodes, group.nodes),
+    )
+    return " ".join(f"trainer.{key}={to}" for key, fixed, to in pairs if fixed not in ("auto", to))
 
 
 def _larger(recipe: Recipe, target: Target, total: int, forecast: Forecaster) -> Layout | None:

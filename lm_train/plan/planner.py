@@ -146,7 +146,7 @@ def schedule(
         trials = [Trial(least.group, least.layout, least.memory, forecast.step(least.layout))]
     every = [priced(trial, _costs(recipe, target, trial, forecast), steps, limits, target) for trial in trials]
     chosen = choose(every, recipe.budget.optimize, steps is not None)
-    shortage = _shortage(chosen, limits, steps)
+    shortage = None if recipe.trainer.max_epochs is not None else _shortage(chosen, limits, steps)
     if chosen.steps == 0 or chosen.costs.hours(1, chosen.trial.step).low > chosen.allowed:
         raise UsageError(shortage or "the budget pays for no step")
     explain(recipe, target, chosen, every, reasons)

@@ -190,6 +190,13 @@ def _fold_conflicts(recipe: Recipe) -> Iterator[Conflict]:
             f"data.folds={data.folds} compares what each fold validates, and trainer.limit_val_batches=0 validates nothing; "
             "drop one of them",
         )
+    if recipe.budget.limits:
+        name, value = next(iter(recipe.budget.limits.items()))
+        yield (
+            [("data", "folds"), ("budget", name)],
+            f"data.folds={data.folds} is {data.folds} runs, and each run has a budget of its own; give data.fold=1 with "
+            f"budget.{name}={value / data.folds:.3g}, and so on, or drop the budget",
+        )
     if recipe.resume not in ("auto", "never"):
         yield (
             [("data", "folds"), ("resume",)],

@@ -163,7 +163,7 @@ class TrackingSection(Section):
     tags: tuple[Text, ...] = Field(default=(), strict=False)
 
 
-PositiveFloat = Annotated[float, Field(gt=0)]
+PositiveFloat = Annotated[float, Field(gt=0, le=1e9)]
 
 
 class BudgetSection(Section):
