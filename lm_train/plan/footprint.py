@@ -21,14 +21,15 @@ from lm_train.plan.work import Work
 from lm_train.recipe import AnyOptim
 
 RELATIVE_ERROR = {"cpu": 0.05, "gpu": 0.08}
-"""Half of the interval around the prediction: CPU processes as `benchmarks/memory.py` finds them; GPUs an estimate."""
+"""Half of the interval around the prediction. CPU: twice the worst of `benchmarks/memory.py`, for other libraries and processors;
+with glibc's own settings a process keeps up to a quarter more of what it has freed. GPU: an estimate."""
 BARE_PROCESS = 460 << 20
 """Resident in a rank on a CPU before the network is built: Python, torch, Lightning, lm_train (measured)."""
-CPU_RUNTIME = 27 << 20
+CPU_RUNTIME = 23 << 20
 """What a rank on a CPU holds more after its first steps: code of torch and oneDNN that is first used then, and their tables
-(measured, `benchmarks/memory.py`)."""
-DEEPSPEED = 58 << 20
-"""What DeepSpeed's modules and its engine hold besides on a CPU (measured, `benchmarks/memory.py`)."""
+(fitted to the five calibration rows of `benchmarks/memory.py`)."""
+DEEPSPEED = 62 << 20
+"""What DeepSpeed's modules and its engine hold besides on a CPU (fitted to the same rows)."""
 GPU_CONTEXT = 480 << 20
 """Estimate: CUDA context with the kernels in use of one process. 426 MiB were measured on an RTX 6000 Ada with torch 2.10 for the
 empty context (github.com/unslothai/unsloth-zoo/pull/1053), about 300 to 400 are torch's maintainers' figure since CUDA 11.7
