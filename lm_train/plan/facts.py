@@ -47,6 +47,10 @@ ASSUMED: dict[str, Any] = {"vocab_size": 256, "input_shape": (1, 28, 28), "n_out
 """Where only the data can tell: bytes, MNIST's images, ten classes."""
 
 
+EMBEDDED_PAIR_LENGTHS = (14.1, 7.6)
+"""Characters of the strings to copy and to reverse, as counted on Python 3.11's library; targets with their end."""
+
+
 def with_assumptions(recipe: Recipe, facts: DataFacts) -> tuple[DataFacts, str]:
     """The facts with assumptions in place of what the network needs and is not known; and what was assumed, for a person."""
     task = task_of(recipe)
@@ -79,6 +83,8 @@ def known_facts(recipe: Recipe) -> DataFacts:
         # scikit-learn's breast cancer and diabetes sets
         classifies = data.task == "classification"
         return DataFacts(input_shape=(30,) if classifies else (10,), n_outputs=2 if classifies else 1)
+    if data.kind == "pairs" and data.path is None and data.tokenizer == "chars":
+        return DataFacts(vocab_size=vocab_size, pair_lengths=EMBEDDED_PAIR_LENGTHS)
     if data.kind == "text_classes":
         areas = 8 if data.path is None else None  # of the standard library
         return DataFacts(vocab_size=vocab_size, n_outputs=areas, max_length=data.max_length)
