@@ -144,7 +144,6 @@ def traced(recipe: Recipe, facts: DataFacts, layout: Layout) -> int:
         _cluster(),
         saves=True,
         validates=True,
-        gradient_clip=recipe.trainer.gradient_clip_val,
     )
     return said.total - BARE_PROCESS
 

@@ -130,7 +130,6 @@ def predict(row: Row, words: list[str]) -> tuple[MemoryPrediction, int]:
         _cluster(),
         saves=True,
         validates=True,
-        gradient_clip=recipe.trainer.gradient_clip_val,
     )
     return predicted, parameter_count(shapes)
 

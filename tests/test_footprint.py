@@ -80,9 +80,7 @@ def predicted(
     shapes, work = parameter_shapes(model, task, facts), work_of(model, task, facts, layout)
     assert shapes is not None
     assert work is not None
-    return memory_of(
-        shapes, work, layout, optim or AdamW(), cluster(), saves=True, validates=validates, gradient_clip=1.0
-    )
+    return memory_of(shapes, work, layout, optim or AdamW(), cluster(), saves=True, validates=validates)
 
 
 def spread(strategy: Strategy, ranks: int, **changes: Any) -> Layout:

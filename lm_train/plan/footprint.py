@@ -54,7 +54,6 @@ def memory_of(
     *,
     saves: bool,
     validates: bool,
-    gradient_clip: float | None,
 ) -> MemoryPrediction:
     """The peak of the rank that holds most, by part.
 
@@ -66,7 +65,6 @@ def memory_of(
         cluster: whose devices have so much memory.
         saves: whether checkpoints are written.
         validates: whether there are validations.
-        gradient_clip: largest norm of the gradient; clipping works in place, and needs nothing.
     """
     state = state_bytes(shapes, layout.strategy, layout.precision, optim, layout.ranks)
     offloads = layout.strategy == "zero3_offload" and layout.accelerator == "gpu"

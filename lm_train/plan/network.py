@@ -120,7 +120,6 @@ class Forecaster:
             self.target.cluster_for(layout.devices),
             saves=True,
             validates=self.recipe.trainer.limit_val_batches != 0,
-            gradient_clip=self.recipe.trainer.gradient_clip_val,
         )
 
     def step(self, layout: Layout) -> TimePrediction:
