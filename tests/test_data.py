@@ -153,7 +153,7 @@ def test_an_epoch_holds_every_block_once_and_the_next_ones_are_cut_elsewhere(tmp
     info = module.corpus.tokens("train").info()
     assert info is not None
     blocks = train_blocks(info.tokens, 4)
-    module.plan = plan_of(micro=1, steps=4 * blocks)
+    module.horizon = Horizon(4 * blocks)
     samples = samples_of(list(module.train_dataloader()))
     text = [c for i in range(600) for c in module.corpus.tokenizer.encode(f"{i:04d}").ids][: info.tokens]
     cuts = []
