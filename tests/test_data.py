@@ -17,6 +17,7 @@ from lm_train.data import TextDataModule
 from lm_train.data.order import SampleOrder, key_of, permute
 from lm_train.data.text import IGNORED, EvalBatches, TrainBatches, train_blocks
 from lm_train.errors import DataError
+from lm_train.horizon import Horizon
 from tests.text_data import plan_of, prepared
 
 
