@@ -166,5 +166,5 @@ def _collectives(device: torch.device, patience: Patience) -> list[tuple[Any, in
             return lambda: dist.reduce_scatter_tensor(out, tensor)
 
         for kind, make in (("all_reduce", reduce), ("all_gather", gather), ("reduce_scatter", scatter)):
-            found.append((kind, size, Case(f"{kind} {size}", make)))
+            found.append((kind, size, Case(f"{kind} {size}", make, collective=True)))
     return found

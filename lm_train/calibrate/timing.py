@@ -23,6 +23,8 @@ class Case:
     """Gives what is called again and again."""
     copies: int = 1
     """How often it is made: as many sets of tensors are taken in turns, so that they do not stay in a cache."""
+    collective: bool = False
+    """All processes call it, and must do so equally often."""
     rounds: list[float] = field(default_factory=list)
     """Seconds of one call, a figure a round."""
 
@@ -71,7 +73,9 @@ def time_all(cases: Sequence[Case], patience: Patience, device: torch.device) ->
             if dist.is_initialized():
                 dist.barrier()
             if device.type == "cuda":
-                case.rounds.append(_on_gpu(calls[0], patience))
+                case.rounds.append(_on_gpu(calls[0], patience, case.collective))
+            elif case.collective:
+                case.rounds.append(_together(calls[0], patience))
             else:
                 case.rounds.append(_on_cpu(calls, patience, max(1, min(64, HELD // max(1, _size(made))))))
             del calls, made
@@ -92,6 +96,25 @@ def _on_cpu(calls: Sequence[Call], patience: Patience, held: int) -> float:
     return sorted(seconds)[len(seconds) // 4]
 
 
+def _together(call: Call, patience: Patience) -> float:
+    """Of one call of a collective."""
+    seconds = sorted(_seconds_of(call) for _ in range(_agreed(_seconds_of(call), patience)))
+    return seconds[len(seconds) // 4]
+
+
+def _seconds_of(call: Call) -> float:
+    before = time.perf_counter()
+    call()
+    return time.perf_counter() - before
+
+
+def _agreed(each: float, patience: Patience) -> int:
+    """How often all processes call what takes one of them about `each` seconds."""
+    slowest = torch.tensor(each, device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    dist.all_reduce(slowest, dist.ReduceOp.MAX)
+    return max(3, min(2000, int(patience.seconds / max(slowest.item(), 1e-6))))
+
+
 def _size(made: object) -> int:
     """Bytes of the tensors that a call gave."""
     if isinstance(made, torch.Tensor):
@@ -99,14 +122,14 @@ def _size(made: object) -> int:
     return sum(map(_size, made)) if isinstance(made, tuple | list) else 0
 
 
-def _on_gpu(call: Call, patience: Patience) -> float:
+def _on_gpu(call: Call, patience: Patience, collective: bool) -> float:
     torch.cuda.synchronize()
     before = time.perf_counter()
     for _ in range(3):
         call()
     torch.cuda.synchronize()
     each = (time.perf_counter() - before) / 3
-    calls = max(3, min(2000, int(patience.seconds / max(each, 1e-6))))
+    calls = _agreed(each, patience) if collective else max(3, min(2000, int(patience.seconds / max(each, 1e-6))))
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
     for _ in range(calls):
