@@ -56,7 +56,8 @@ MEASURED = {
 
 
 def facts_of(recipe: Recipe) -> DataFacts:
-    return with_assumptions(recipe, known_facts(recipe))[0]
+    facts = with_assumptions(recipe, known_facts(recipe))[0]
+    return dataclasses.replace(facts, pair_lengths=None)  # a trace has texts of the greatest length only
 
 
 def real_parts(recipe: Recipe, layout: Layout):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import sys
 from collections.abc import Callable
 
@@ -17,7 +18,7 @@ from lm_train.loop import StepTrainer
 from lm_train.plan import Plan, size_of
 from lm_train.recipe import Recipe
 
-WAY_OUT_S = {"disabled": 0.8, "offline": 4.0, "online": 20.0, "auto": 20.0}
+WAY_OUT_S = {"disabled": 0.8, "offline": 4.0, "online": 20.0}
 """What the way out is taken for, by `tracking.wandb`, before an earlier start has shown it: assumptions."""
 WARN_AT = 0.8
 MARKS = (0.03, 0.1, 0.3, 0.6, 0.85, 0.95)
@@ -34,6 +35,12 @@ MOST_FOR_EVALUATIONS = 0.25
 """Of the budget: the last evaluations are not planned for where they take more."""
 JUDGED_AFTER = 30
 """Steps after which a measured step and its memory are held against the prediction."""
+
+
+def _tracked(recipe: Recipe) -> str:
+    """How, where the recipe leaves it to whether there is a key."""
+    asked = recipe.tracking.wandb
+    return asked if asked != "auto" else "online" if os.environ.get("WANDB_API_KEY") else "offline"
 
 
 class BudgetGuard(L.Callback):
@@ -61,7 +68,7 @@ class BudgetGuard(L.Callback):
         end, way_out, saves = math.inf, 0.0, list[float]()
         if spending is not None:
             end = spending.end - spending.reserve
-            way_out = spending.account.upper_shutdown_seconds(WAY_OUT_S[recipe.tracking.wandb])
+            way_out = spending.account.upper_shutdown_seconds(WAY_OUT_S[_tracked(recipe)])
             saves = spending.account.save_seconds
         predicted = None if plan.prediction is None else plan.prediction.checkpoint_seconds.high
         self.guard = Guard(end, shutdown=way_out, saves=saves, predicted_save=predicted)
