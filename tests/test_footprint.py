@@ -25,23 +25,11 @@ from lm_train.plan.update import update_moment
 from lm_train.plan.work import work_of
 from lm_train.recipe import CNN, GPT, AnyModel, AnyOptim, Recurrent, ResNet, Task
 from lm_train.recipe.sections import SGD, Adagrad, Adam, AdamW, Muon, RMSprop
+from tests.layouts import PLAIN
 
 GPT_SMALL = GPT(n_layer=12, n_head=12, n_embd=768, block_size=1024)
 TEXT, IMAGES = DataFacts(vocab_size=50257), DataFacts(input_shape=(3, 32, 32), n_outputs=10)
-ALONE = Layout(
-    nodes=1,
-    devices=1,
-    strategy="single",
-    precision="bf16-mixed",
-    micro_batch_size=4,
-    accumulate_grad_batches=1,
-    activation_checkpointing="none",
-    cross_entropy_chunks=1,
-    num_workers=0,
-    compile=False,
-    threads_per_rank=1,
-    accelerator="gpu",
-)
+ALONE = replace(PLAIN, precision="bf16-mixed", accelerator="gpu")
 STRATEGIES: tuple[Strategy, ...] = ("ddp", "fsdp", "zero1", "zero2", "zero3", "zero3_offload")
 
 

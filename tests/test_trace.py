@@ -26,21 +26,8 @@ from lm_train.trace.batches import evaluation_batch, training_batch
 from lm_train.trace.network import autocast, lowered, plan_of, training_module
 from lm_train.trace.passes import Passes, run_passes
 from lm_train.trace.summary import summarise
+from tests.layouts import PLAIN
 
-PLAIN = Layout(
-    nodes=1,
-    devices=1,
-    strategy="single",
-    precision="32-true",
-    micro_batch_size=4,
-    accumulate_grad_batches=1,
-    activation_checkpointing="none",
-    cross_entropy_chunks=1,
-    num_workers=0,
-    compile=False,
-    threads_per_rank=1,
-    accelerator="cpu",
-)
 CUSTOM = ("plugins=tests", "model={kind: custom, factory: tests.custom_parts:build}")
 MEASURED = {
     "gpt": (["recipe=gpt_debug", "data.tokenizer=bytes", "model.n_layer=2"], {}),

@@ -30,22 +30,10 @@ from lm_train.plan.layout import Precision, Recomputed
 from lm_train.plan.work import Work, work_of
 from lm_train.recipe import BERT, GPT, AnyModel, Llama, Seq2Seq, Task, load, task_of
 from lm_train.trace import trace
+from tests.layouts import PLAIN
 
 pytestmark = pytest.mark.filterwarnings("ignore:TF32 acceleration on top of oneDNN")
-LAYOUT = Layout(
-    nodes=1,
-    devices=1,
-    strategy="single",
-    precision="32-true",
-    micro_batch_size=4,
-    accumulate_grad_batches=1,
-    activation_checkpointing="none",
-    cross_entropy_chunks=1,
-    num_workers=0,
-    compile=False,
-    threads_per_rank=1,
-    accelerator="cpu",
-)
+LAYOUT = PLAIN
 VOCABULARY = 1000
 FACTS = DataFacts(vocab_size=VOCABULARY, n_outputs=8, guessed_fraction=0.15)
 
