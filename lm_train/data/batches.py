@@ -9,7 +9,7 @@ An evaluation batch may be filled up; `valid`, (B,), says which of its samples c
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,12 +17,12 @@ import torch
 from torch.utils.data import Dataset
 
 from lm_train.data.order import SampleOrder
+from lm_train.data.readers import Split as Split
 from lm_train.plan import Plan
 
 IGNORED = -100
 """Target of a position where nothing is to be predicted (cross_entropy's ignore_index)."""
 Batch = dict[str, Any]
-Split = Literal["train", "val", "test"]
 Integers = npt.NDArray[np.int64]
 
 

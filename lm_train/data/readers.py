@@ -9,11 +9,12 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from lm_train.data.hub import quiet_datasets
 from lm_train.errors import DataError
 
+Split = Literal["train", "val", "test"]
 _TABLES = {".jsonl": "jsonl", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 _COMPRESSED = (".gz", ".zst", ".xz", ".bz2", ".zip", ".tar", ".tgz", ".7z")
 _PIECE_BYTES = 1 << 16

@@ -14,13 +14,13 @@ from pathlib import Path
 import numpy as np
 
 from lm_train import signals
-from lm_train.data.batches import Split
 from lm_train.data.cache import cache_folder, write_text
 from lm_train.data.hub import find_dataset, out_of_reach, quiet_datasets
 from lm_train.data.order import mix64
 from lm_train.data.readers import (
     Piece,
     Reader,
+    Split,
     character_boundary,
     column_of,
     file_kind,
