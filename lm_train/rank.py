@@ -14,7 +14,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from lm_train import signals
+from lm_train import heartbeat, signals
 from lm_train.errors import ExitCode, LMTrainError, StopRequested
 from lm_train.output import outlive_readers
 from lm_train.runs import RunFolder, write_atomically
@@ -23,6 +23,7 @@ from lm_train.runs import RunFolder, write_atomically
 def main() -> int:
     signals.die_with_parent()
     signals.listen()
+    heartbeat.join()
     outlive_readers()
     folder = RunFolder(sys.argv[1])
     checkpoint = Path(sys.argv[2]) if len(sys.argv) > 2 else None

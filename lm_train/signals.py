@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator
 from types import FrameType
 
+from lm_train import heartbeat
 from lm_train.errors import ExitCode, StopRequested
 
 _EXIT_CODES = {
@@ -63,7 +64,8 @@ def forget() -> None:
 
 
 def check() -> None:
-    """Raises StopRequested if a stop was asked for."""
+    """Raises StopRequested if a stop was asked for; else the work between two calls counts as progress."""
+    heartbeat.alive()
     if _requested is not None:
         raise StopRequested(_requested)
 

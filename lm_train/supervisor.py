@@ -18,6 +18,7 @@ from lm_train import signals
 from lm_train.attempt import Attempt
 from lm_train.budget import Spending
 from lm_train.errors import ExitCode
+from lm_train.heartbeat import Board
 from lm_train.plan import Place, Plan
 from lm_train.runs import RunFolder, write_atomically
 
@@ -75,6 +76,7 @@ class Supervisor:
         self.folder, self.plan, self.places, self.node_name, self.spending = folder, plan, places, node_name, spending
         self.alone = len(places) == plan.world_size
         self.ranks: list[subprocess.Popen[bytes]] = []
+        self.boards = [Board() for _ in places]
         self.stopping: signal.Signals | None = None
         self.at_once = False
         self.at_limit = False
@@ -89,7 +91,7 @@ class Supervisor:
         try:
             for place in self.places:
                 with signals.blocked():  # until the rank listens; here, until it is in the list
-                    self.ranks.append(self._start(place, attempt, checkpoint))
+                    self.ranks.append(self._start(place, self.boards[len(self.ranks)], attempt, checkpoint))
                 if self.stopping and len(self.ranks) < len(self.places):
                     return self._stopped(_code_of(self.stopping)), None  # the ranks so far would wait for the others
             failure = self._watch()
@@ -113,10 +115,11 @@ class Supervisor:
             return failure.exit_code, failure
         return max(_meaning(rank.returncode) for rank in self.ranks), None
 
-    def _start(self, place: Place, attempt: Attempt, checkpoint: Path | None) -> subprocess.Popen[bytes]:
+    def _start(self, place: Place, board: Board, attempt: Attempt, checkpoint: Path | None) -> subprocess.Popen[bytes]:
         """Starts one rank in a process group of its own, so that a terminal's Ctrl-C reaches the supervisor alone."""
         environment = {
             **os.environ,
+            **board.variable,
             **(self.spending.variable if self.spending is not None else {}),
             "LM_TRAIN_ATTEMPT": str(attempt.folder.resolve()),
             "RANK": str(place.rank),
@@ -136,12 +139,21 @@ class Supervisor:
             str(self.folder.root),
             *([str(checkpoint)] if checkpoint else []),
         ]
-        if place.rank == 0:
-            return subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, process_group=0)
-        with (self.folder.errors / f"rank-{place.rank}.log").open("wb") as log:
+        with contextlib.ExitStack() as stack:
+            log = None if place.rank == 0 else stack.enter_context(self._log_of(place.rank).open("wb"))
             return subprocess.Popen(
-                command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, process_group=0
+                command,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                process_group=0,
+                pass_fds=board.inherited,
             )
+
+    def _log_of(self, rank: int) -> Path:
+        """Where a rank's output goes that nobody sees; rank 0's goes to the terminal."""
+        return self.folder.errors / f"rank-{rank}.log"
 
     def _watch(self) -> Report | None:
         """Waits for all ranks; when one ends badly, here or elsewhere, gives the others a moment.

@@ -15,13 +15,14 @@ import torch
 from lightning.pytorch.callbacks import EarlyStopping
 from torch import nn
 
-from lm_train import data, models, modules, runs
+from lm_train import data, heartbeat, models, modules, runs
 from lm_train.budget import Spending, rank_spending
 from lm_train.callbacks import (
     BudgetGuard,
     Checkpoints,
     DebugChecks,
     Evaluation,
+    Heartbeats,
     Metrics,
     Progress,
     Sample,
@@ -34,6 +35,7 @@ from lm_train.data import DataModule, MaskedTextDataModule, PairDataModule, Text
 from lm_train.ending import closing_batches, find_horizon
 from lm_train.errors import CheckpointError, ExitCode
 from lm_train.generate import sample_guesses, sample_pairs, sample_text
+from lm_train.heartbeat import Phase
 from lm_train.loop import StepTrainer
 from lm_train.modules import TrainingModule
 from lm_train.plan import Plan, flops_per_sample
@@ -82,7 +84,9 @@ def _train(
     callbacks: Sequence[L.Callback],
 ) -> ExitCode:
     _quieten(plan)
+    heartbeat.enter(Phase.MEET)
     meet(plan)
+    heartbeat.mark(Phase.PREPARE)
     checkpoint = CheckpointReader(resume_from) if resume_from else None
 
     datamodule = data.build(recipe.data, plan, recipe.seed, folder)
@@ -93,6 +97,7 @@ def _train(
     horizon = find_horizon(recipe, plan, datamodule, checkpoint, folder)
     datamodule.horizon = horizon
     done_before = checkpoint is not None and checkpoint.state["step"] >= horizon.max_steps
+    heartbeat.mark(Phase.BUILD)
     torch.manual_seed(recipe.seed)
     net = models.build(recipe.model, plan, datamodule.facts, initialise=not shards_at_build(plan))
     build_whole = partial(models.build, recipe.model, plan, datamodule.facts)
@@ -153,6 +158,7 @@ def _train(
             callbacks=[
                 *([_Restore(checkpoint)] if checkpoint is not None else []),
                 *([_ExactStart(weights)] if checkpoint is None and casts_initial_weights(plan) else []),
+                Heartbeats(plan.compile),
                 budget,
                 StopAgreement(budget),
                 evaluation,
@@ -198,6 +204,7 @@ class _Restore(L.Callback):
         self.checkpoint = checkpoint
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        heartbeat.mark(Phase.RESTORE)
         self.checkpoint.load(views_of(pl_module.net, trainer.optimizers[0], trainer.global_rank, trainer.world_size))
         restore_state(trainer, self.checkpoint.state)
         pl_module.restore_state(self.checkpoint.state.get("module", {}))
@@ -236,6 +243,7 @@ def _finish(
 
     Where the strategy will cut the network up, rank 0 alone draws the text, from a whole one on the host.
     """
+    heartbeat.mark(Phase.RESTORE)
     net: nn.Module | None = module.net
     if any(parameter.is_meta for parameter in module.net.parameters()):
         net = build_whole() if trainer.is_global_zero and sample is not None else None

@@ -15,6 +15,7 @@ import lm_train
 
 ROOMS = (
     "errors",
+    "heartbeat",
     "signals",
     "output",
     "recipe",
@@ -60,6 +61,7 @@ IMPORT_WHEN_CALLED = ("cli", "rank")
 """The verbs, so that --help is fast, and a rank, which takes signals before torch comes."""
 WITHOUT_TORCH = (
     "errors",
+    "heartbeat",
     "signals",
     "recipe",
     "plugins",

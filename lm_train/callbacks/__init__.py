@@ -4,9 +4,20 @@ from lm_train.callbacks.budget import BudgetGuard
 from lm_train.callbacks.checkpoints import Checkpoints
 from lm_train.callbacks.debugging import DebugChecks
 from lm_train.callbacks.evaluation import Evaluation
+from lm_train.callbacks.heartbeats import Heartbeats
 from lm_train.callbacks.metrics import Metrics
 from lm_train.callbacks.progress import Progress
 from lm_train.callbacks.sample import Sample
 from lm_train.callbacks.stopping import StopAgreement
 
-__all__ = ["BudgetGuard", "Checkpoints", "DebugChecks", "Evaluation", "Metrics", "Progress", "Sample", "StopAgreement"]
+__all__ = [
+    "BudgetGuard",
+    "Checkpoints",
+    "DebugChecks",
+    "Evaluation",
+    "Heartbeats",
+    "Metrics",
+    "Progress",
+    "Sample",
+    "StopAgreement",
+]

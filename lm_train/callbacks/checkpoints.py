@@ -13,9 +13,10 @@ import lightning.pytorch as L
 import torch
 from lightning.pytorch.callbacks import EarlyStopping
 
-from lm_train import checkpoint
+from lm_train import checkpoint, heartbeat
 from lm_train.callbacks.metrics import Metrics
 from lm_train.errors import StopRequested
+from lm_train.heartbeat import Phase
 from lm_train.loop import StepTrainer
 from lm_train.recipe import CheckpointSection
 from lm_train.runs import RunFolder, write_atomically
@@ -94,9 +95,12 @@ class Checkpoints(L.Callback):
             self._save(trainer, pl_module)
 
     def _save(self, trainer: StepTrainer, module: L.LightningModule) -> None:
+        if trainer.global_step != self._saved_step:
+            with heartbeat.during(Phase.SAVE):
+                self._write(trainer, module)
+
+    def _write(self, trainer: StepTrainer, module: L.LightningModule) -> None:
         step = trainer.global_step
-        if step == self._saved_step:
-            return
         began = time.monotonic()
         self.metrics.pause()  # waits for the device
         target = self.folder.checkpoints / f"step-{step}"

@@ -7,6 +7,8 @@ from collections.abc import Callable
 import lightning.pytorch as L
 from torch import nn
 
+from lm_train import heartbeat
+from lm_train.heartbeat import Phase
 from lm_train.loop import StepTrainer
 from lm_train.strategy import is_sharded
 
@@ -29,4 +31,5 @@ class Sample(L.Callback):
             self.draw(pl_module.net)
 
     def draw(self, net: nn.Module) -> None:
-        self.text = self.text_of(net)
+        with heartbeat.during(Phase.SAMPLE):
+            self.text = self.text_of(net)

@@ -14,9 +14,10 @@ from queue import Empty, SimpleQueue
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from lm_train import signals
+from lm_train import heartbeat, signals
 from lm_train.data.batches import Batch
 from lm_train.errors import DataError
+from lm_train.heartbeat import Phase
 from lm_train.plan import Plan
 
 _IN_TRACEBACK = f"{DataError.__module__}.{DataError.__qualname__}: "
@@ -46,6 +47,7 @@ class TimedLoader:
         if self.ahead:
             batches = made_ahead(batches)
         while True:
+            heartbeat.mark(Phase.DATA)
             before = time.perf_counter()
             try:
                 batch = next(batches, None)
