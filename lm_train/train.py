@@ -32,6 +32,7 @@ from lm_train.callbacks.checkpoints import MONITOR, restore_state
 from lm_train.callbacks.debugging import overfit_one_batch
 from lm_train.checkpoint import CheckpointReader, set_initial_weights, views_of
 from lm_train.data import DataModule, MaskedTextDataModule, PairDataModule, TextDataModule
+from lm_train.data.order import joined
 from lm_train.ending import closing_batches, find_horizon
 from lm_train.errors import CheckpointError, ExitCode
 from lm_train.generate import sample_guesses, sample_pairs, sample_text
@@ -96,6 +97,7 @@ def _train(
     datamodule.leave(folder)
     horizon = find_horizon(recipe, plan, datamodule, checkpoint, folder)
     datamodule.horizon = horizon
+    datamodule.skipped = joined(checkpoint.state.get("skipped", ()) if checkpoint is not None else ())
     done_before = checkpoint is not None and checkpoint.state["step"] >= horizon.max_steps
     heartbeat.mark(Phase.BUILD)
     torch.manual_seed(recipe.seed)
@@ -125,6 +127,7 @@ def _train(
             "horizon": horizon.state() | {"limits": plan.limits},
             "seed": recipe.seed,
             "data": fingerprint,
+            "skipped": datamodule.skipped,
             "module": module.saved_state(),
         },
         saved=budget.saved,

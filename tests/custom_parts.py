@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import lightning.pytorch as L
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 from torchmetrics import CatMetric, SumMetric
 
 from lm_train.plan import DataFacts
@@ -203,6 +204,23 @@ def shuffles_all() -> L.LightningDataModule:
 
 def points(n: int = 50, pairs: bool = False) -> L.LightningDataModule:
     return Points(n, pairs)
+
+
+class PointStream(IterableDataset[Any]):
+    """The points one after another."""
+
+    def __iter__(self) -> Iterator[Any]:
+        draw = torch.Generator().manual_seed(5)
+        for i in range(50):
+            yield {"inputs": torch.randn(3, generator=draw) + 2 * (i % 2), "labels": torch.tensor(i % 2)}
+
+
+def point_stream() -> L.LightningDataModule:
+    class Streamed(Points):
+        def train_dataloader(self) -> Any:
+            return DataLoader(PointStream(), batch_size=4)
+
+    return Streamed()
 
 
 def broken_points() -> L.LightningDataModule:

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import Dataset
 
-from lm_train.data.order import SampleOrder
+from lm_train.data.order import SampleOrder, Skipped, first_position
 from lm_train.data.readers import Split as Split
 from lm_train.plan import Plan
 
@@ -29,12 +29,15 @@ Integers = npt.NDArray[np.int64]
 class StepBatches(Dataset[Batch], ABC):
     """The micro batches of one rank from one optimizer step on.
 
-    Step s takes the global positions s*G to (s+1)*G; within it micro batch m of rank r takes (m*W + r)*b on.
+    Step s takes the G global positions from `first_position(s)` on, s*G where nothing is skipped; within them micro batch m of
+    rank r takes (m*W + r)*b on.
     """
 
     def __init__(self, plan: Plan, rank: int, start_step: int) -> None:
         self.plan, self.rank, self.start_step = plan, rank, start_step
         self.last_step = plan.max_steps
+        self.skipped: Skipped = ()
+        """Global positions that are left out; `DataModule` puts the run's own here."""
 
     def __len__(self) -> int:
         return (self.last_step - self.start_step) * self.plan.accumulate_grad_batches
@@ -44,9 +47,13 @@ class StepBatches(Dataset[Batch], ABC):
             raise IndexError(index)
         plan = self.plan
         step, micro = divmod(index, plan.accumulate_grad_batches)
-        start = (self.start_step + step) * plan.global_batch_size
+        start = self.first_position(self.start_step + step)
         first = (micro * plan.world_size + self.rank) * plan.micro_batch_size
         return self.micro_batch(start, slice(first, first + plan.micro_batch_size))
+
+    def first_position(self, step: int) -> int:
+        """The global position with which the step behind `step` optimizer steps begins."""
+        return first_position(step, self.plan.global_batch_size, self.skipped)
 
     @abstractmethod
     def micro_batch(self, start: int, part: slice) -> Batch:

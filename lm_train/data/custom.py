@@ -121,7 +121,16 @@ class CustomDataModule(DataModule):
         return getattr(type(self.inner), name) is not getattr(L.LightningDataModule, name)
 
     def epoch(self, step: int) -> float:
-        return 0.0 if not self._rounds else step * self.plan.accumulate_grad_batches / self._rounds
+        return 0.0 if not self._rounds else self.rounds_passed(step) / self._rounds
+
+    def rounds_passed(self, step: int) -> int:
+        """Rounds of micro batches, one a rank, that lie behind the run after `step` optimizer steps."""
+        return self.passed(step) // (self.plan.micro_batch_size * self.plan.world_size)
+
+    def skips(self, round_: int) -> bool:
+        """Whether the training leaves a round of micro batches out."""
+        position = round_ * self.plan.micro_batch_size * self.plan.world_size
+        return any(start <= position < stop for start, stop in self.skipped)
 
     def size_in_words(self) -> str:
         length = _length(self.loader)
@@ -183,7 +192,7 @@ class _Training:
 
     def __iter__(self) -> Iterator[Batch]:
         plan, left = self.data.plan, len(self)
-        done = self.data.start_step * plan.accumulate_grad_batches
+        done = self.data.rounds_passed(self.data.start_step)
         total = float(plan.global_batch_size)
         for batch in self._streamed(done) if _is_stream(self.data.loader) else self._chosen(done):
             yield {**_as_dict(batch), "total": total}
@@ -197,11 +206,12 @@ class _Training:
         epoch, first = divmod(done, data._rounds)
         while True:
             mine = data._indices(epoch)[self.rank :: world][: data._rounds]
-            yield from _with_samples(data.loader, mine[first:])
+            numbered = enumerate(mine[first:], epoch * data._rounds + first)
+            yield from _with_samples(data.loader, [batch for number, batch in numbered if not data.skips(number)])
             epoch, first = epoch + 1, 0
 
     def _streamed(self, done: int) -> Iterator[Any]:
-        data, world, epoch = self.data, self.data.plan.world_size, 0
+        data, world, epoch, number = self.data, self.data.plan.world_size, 0, 0
         while True:
             rounds = 0
             waiting: list[Any] = []
@@ -213,9 +223,9 @@ class _Training:
                 waiting.append(batch if len(waiting) == self.rank else None)
                 if len(waiting) == world:
                     rounds += 1
-                    done -= 1
-                    if done < 0:
+                    if number >= done and not data.skips(number):
                         yield waiting[self.rank]
+                    number += 1
                     waiting = []
             if rounds == 0:
                 raise DataError(

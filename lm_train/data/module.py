@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from lm_train.data.batches import Batch, EvaluationBatches, SampleBatches, Samples, Split, StepBatches
 from lm_train.data.cache import write_text
 from lm_train.data.loading import TimedLoader, make_loader
+from lm_train.data.order import Skipped, first_position
 from lm_train.errors import CheckpointError
 from lm_train.horizon import Horizon
 from lm_train.plan import DataFacts, Plan
@@ -48,6 +49,8 @@ class DataModule(L.LightningDataModule, ABC):
         self.plan, self.seed = plan, seed
         self.start_step = 0
         """Optimizer step from which on `train_dataloader` serves."""
+        self.skipped: Skipped = ()
+        """Global positions that the training leaves out; `train` puts the run's own here."""
         self.horizon = Horizon(plan.max_steps)
         """The last step; `train` puts the run's own here."""
         self.train_loader: TimedLoader | None = None
@@ -95,7 +98,11 @@ class DataModule(L.LightningDataModule, ABC):
 
     @abstractmethod
     def epoch(self, step: int) -> float:
-        """Passes over the training split after `step` optimizer steps."""
+        """Passes over the training split after `step` optimizer steps; what was skipped counts as passed."""
+
+    def passed(self, step: int) -> int:
+        """Samples of the order that lie behind the run after `step` optimizer steps, the skipped ones included."""
+        return first_position(step, self.plan.global_batch_size, self.skipped)
 
     @abstractmethod
     def size_in_words(self) -> str:
@@ -121,6 +128,7 @@ class DataModule(L.LightningDataModule, ABC):
     def train_dataloader(self) -> TimedLoader:
         batches = self.train_batches(self._rank())
         batches.last_step = self.horizon.furthest
+        batches.skipped = self.skipped
         workers = self.plan.num_workers
         # not where batches are copied for a GPU: a thread starts out on the first one, whichever the rank's is
         ahead = workers == 0 and not self.may_wait and self.plan.accelerator == "cpu"
@@ -171,7 +179,7 @@ class SampleDataModule(DataModule):
         return split in self.samples
 
     def epoch(self, step: int) -> float:
-        return step * self.plan.global_batch_size / len(self.samples["train"])
+        return self.passed(step) / len(self.samples["train"])
 
     def train_batches(self, rank: int) -> StepBatches:
         return SampleBatches(self.samples["train"], self.plan, rank, self.seed, self.start_step)

@@ -6,6 +6,7 @@ samples at the same steps, and finding the next sample costs the same at the sta
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import lru_cache
 
 import numpy as np
@@ -16,6 +17,40 @@ _ROUNDS = 6
 _CHUNK = 4096
 """Positions that are looked up together: numpy's cost is by the call more than by the number."""
 _KEPT = 4
+
+
+Skipped = tuple[tuple[int, int], ...]
+"""Ranges [start, stop) of global positions that a run does not train on, in ascending order, apart from one another."""
+
+
+def first_position(step: int, size: int, skipped: Skipped = ()) -> int:
+    """The global position with which the step behind `step` optimizer steps begins; its batch is the `size` positions from there.
+
+    A step whose batch would reach into a range begins behind it, and the steps after it follow on.
+
+    Args:
+        step: optimizer steps before it.
+        size: samples of a global batch.
+        skipped: what an earlier part of the run has found harmful.
+    """
+    base, before = 0, 0  # from here on, which is where this step begins, positions run on without a gap
+    for start, stop in skipped:
+        fitting = (start - base) // size
+        if step < before + fitting:
+            break
+        base, before = stop, before + fitting
+    return base + (step - before) * size
+
+
+def joined(ranges: Iterable[Iterable[int]]) -> Skipped:
+    """Ranges of positions as `Skipped` has them: sorted, and those that overlap or touch as one."""
+    found: list[tuple[int, int]] = []
+    for start, stop in sorted((int(start), int(stop)) for start, stop in ranges):
+        if found and start <= found[-1][1]:
+            found[-1] = found[-1][0], max(stop, found[-1][1])
+        else:
+            found.append((start, stop))
+    return tuple(found)
 
 
 def mix64(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:

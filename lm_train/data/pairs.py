@@ -145,7 +145,7 @@ class PairDataModule(DataModule):
         return split in self.pairs.splits
 
     def epoch(self, step: int) -> float:
-        return step * self.plan.global_batch_size / len(self.pairs.splits["train"])
+        return self.passed(step) / len(self.pairs.splits["train"])
 
     def size_in_words(self) -> str:
         return f"{len(self.pairs.splits['train']):,} training pairs"

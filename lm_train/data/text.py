@@ -188,8 +188,7 @@ class TextDataModule(DataModule):
     def epoch(self, step: int) -> float:
         """Passes over the training split after `step` optimizer steps; 0 while a stream's end is not known."""
         info = self.corpus.tokens("train").info()
-        assert self.plan.tokens_per_step is not None
-        return 0.0 if info is None else step * self.plan.tokens_per_step / info.tokens
+        return 0.0 if info is None else self.passed(step) * self.block_size / info.tokens
 
     def size_in_words(self) -> str:
         info = self.corpus.tokens("train").info()

@@ -191,7 +191,7 @@ class TextClassDataModule(DataModule):
         return split in self.texts.splits
 
     def epoch(self, step: int) -> float:
-        return step * self.plan.global_batch_size / len(self.texts.splits["train"])
+        return self.passed(step) / len(self.texts.splits["train"])
 
     def size_in_words(self) -> str:
         return f"{len(self.texts.splits['train']):,} training texts in {len(self.class_names)} classes"
