@@ -11,6 +11,7 @@ from pathlib import Path
 
 from lm_train import __version__
 from lm_train.errors import ExitCode, LMTrainError, UsageError
+from lm_train.redaction import redacted
 
 HELP = """\
 usage: lm-train VERB [key=value ...]
@@ -56,10 +57,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
     except UsageError as error:
         for problem in error.problems if _speaks(words) else ():
-            print(f"lm-train: {_one_line(problem)}", file=sys.stderr)
+            print(f"lm-train: {_one_line(redacted(problem))}", file=sys.stderr)
         return error.exit_code
     except LMTrainError as error:
-        print(f"lm-train: {error}", file=sys.stderr)
+        print(f"lm-train: {redacted(str(error))}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         return ExitCode.INTERRUPTED
@@ -68,9 +69,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return ExitCode.DONE
     except Exception as error:
         if "debug=true" in words:
-            traceback.print_exc()
+            print(redacted(traceback.format_exc()), end="", file=sys.stderr)
         else:
-            print(f"lm-train: {type(error).__name__}: {error} (our bug; debug=true shows where)", file=sys.stderr)
+            print(
+                f"lm-train: {type(error).__name__}: {redacted(str(error))} (our bug; debug=true shows where)",
+                file=sys.stderr,
+            )
         return ExitCode.BUG
 
 

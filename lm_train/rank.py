@@ -17,6 +17,7 @@ from typing import Any
 from lm_train import heartbeat, signals
 from lm_train.errors import ExitCode, LMTrainError, StopRequested
 from lm_train.output import outlive_readers
+from lm_train.redaction import redacted
 from lm_train.runs import RunFolder, write_atomically
 
 
@@ -62,14 +63,14 @@ def _report(folder: RunFolder, message: str, code: int) -> None:
     content: dict[str, Any] = {
         "rank": int(rank),
         "exit_code": int(code),
-        "message": message,
-        "traceback": traceback.format_exc(),
+        "message": redacted(message),
+        "traceback": redacted(traceback.format_exc()),
     }
     try:
         (folder.errors / f"rank-{rank}.traceback").write_text(content["traceback"], encoding="utf-8")
         write_atomically(folder.errors / f"rank-{rank}.json", json.dumps(content))
     except OSError:  # a full disk is often the very error
-        print(f"lm-train: rank {rank}: {message}", file=sys.stderr)
+        print(f"lm-train: rank {rank}: {redacted(message)}", file=sys.stderr)
 
 
 if __name__ == "__main__":

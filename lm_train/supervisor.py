@@ -20,6 +20,7 @@ from lm_train.budget import Spending
 from lm_train.errors import ExitCode
 from lm_train.heartbeat import Board
 from lm_train.plan import Place, Plan
+from lm_train.redaction import redacted
 from lm_train.runs import RunFolder, write_atomically
 
 GRACE_S = 5.0
@@ -297,7 +298,7 @@ def signals_forwarded(supervisor: Supervisor) -> Iterator[None]:
 
 
 def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    print(redacted(text), file=sys.stderr, flush=True)
 
 
 def within(seconds: float, so: Callable[[], bool]) -> bool:

@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Settings of your site, in one place. Source it in the shell that you start jobs from; the batch files here read it, too.
 # Everything below is what sbatch, srun and salloc read from the environment themselves. Nothing is set as shipped.
 #

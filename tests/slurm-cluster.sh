@@ -103,6 +103,7 @@ start() { # start PORT NODES GPUS
     if [ ${#spaces[@]} = 0 ]; then
       background "n$i" slurmd -D -N "n$i" -f "$conf"
     else
+      # shellcheck disable=SC2016 # for the inner shell
       background "n$i" "${spaces[@]}" bash -c 'hostname "$0"; slurmd -D -N "$0" -f "$SLURM_CONF" & wait $!' "n$i"
     fi
   done
@@ -132,7 +133,7 @@ stop() {
     rest=$(grep -vF "$mark" /etc/hosts || true)
     printf '%s\n' "$rest" >/etc/hosts
   fi
-  rm -rf "$folder/run" "$folder/spool" "$folder/state" "$folder/dev" "$conf"
+  rm -rf "$folder/run" "$folder/spool" "$folder/state" "${folder:?}/dev" "$conf"
 }
 
 case $command in

@@ -16,6 +16,7 @@ import lm_train
 ROOMS = (
     "errors",
     "heartbeat",
+    "redaction",
     "signals",
     "output",
     "recipe",
@@ -62,6 +63,7 @@ IMPORT_WHEN_CALLED = ("cli", "rank")
 WITHOUT_TORCH = (
     "errors",
     "heartbeat",
+    "redaction",
     "signals",
     "recipe",
     "plugins",

@@ -28,6 +28,7 @@ from lm_train.recipe.files import KeyPath, Raw, Source, merge, read_chain, shipp
 from lm_train.recipe.sections import SECTIONS, Recipe
 from lm_train.recipe.text import parse_scalar
 from lm_train.recipe.words import bare_word, parse_words, tries_to_name_a_recipe
+from lm_train.redaction import redacted, secrets_in
 
 PLUGINS_VARIABLE = "LM_TRAIN_PLUGINS"
 """Environment variable with the packages whose code may run, separated by commas: as `plugins=` on the command line."""
@@ -70,7 +71,7 @@ def load(words: Sequence[str]) -> Recipe:
         complete = len(problems) == before
     elif not tries_to_name_a_recipe(words):
         problems.append(f"which recipe? Give recipe=NAME{shipped_names()}")
-    problems += [bare_word(word, raw) for word in bare]
+    problems += [bare_word(redacted(word), raw) for word in bare]
     raw.setdefault("recipe", "none")
     if given.get(("debug",), raw.get("debug")) is True:
         settings = checks.debug_settings(raw)
@@ -78,10 +79,26 @@ def load(words: Sequence[str]) -> Recipe:
         source.forget({(section, key) for section in SECTIONS for key in settings.get(section, {})})
     unclear = _apply_words(raw, given, problems)
     source.forget(given)
+    _refuse_secrets(raw, source, problems)
     recipe = _validate(raw, source, problems, set(given), unclear if complete else set(SECTIONS))
     if problems:
-        raise UsageError(list(dict.fromkeys(problems)))
+        raise UsageError(list(dict.fromkeys(map(redacted, problems))))
     return recipe
+
+
+def _refuse_secrets(raw: Raw, source: Source, problems: list[str]) -> None:
+    """A recipe is written into the run folder, into job files and to W&B.
+
+    Raises:
+        UsageError: with what was found so far, if there is a secret in it; what else is wrong might show it.
+    """
+    found = [
+        f"{name_of(path)}: {why}, and a recipe is stored; secrets come from the environment (WANDB_API_KEY, HF_TOKEN, "
+        f"~/.netrc){source.where(path[:2])}"
+        for path, why in secrets_in(raw)
+    ]
+    if found:
+        raise UsageError(list(dict.fromkeys(map(redacted, [*problems, *found]))))
 
 
 def dump(recipe: Recipe) -> str:
