@@ -34,6 +34,7 @@ class RunFolder:
         self.plan = self.root / "plan.json"
         self.exit_code = self.root / "exit_code"
         self.metrics = self.root / "metrics.jsonl"
+        self.ledger = self.root / "ledger.jsonl"
         self.budget = self.root / "budget.jsonl"
         self.checkpoints = self.root / "checkpoints"
         self.evaluation = self.root / "evaluation"

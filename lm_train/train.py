@@ -23,6 +23,7 @@ from lm_train.callbacks import (
     DebugChecks,
     Evaluation,
     Heartbeats,
+    Ledger,
     Metrics,
     Progress,
     Sample,
@@ -111,8 +112,10 @@ def _train(
 
     n_parameters = sum(p.numel() for p in net.parameters())
     budget = BudgetGuard(spending, plan, recipe, horizon, closing_batches(datamodule, recipe, rank))
+    ledger = Ledger(folder)
     metrics = Metrics(
         plan,
+        ledger,
         flops_per_sample(recipe.model, plan.task, datamodule.facts, n_parameters),
         recipe.trainer.log_every_n_steps,
         budget.metrics,
@@ -121,6 +124,7 @@ def _train(
     saving = Checkpoints(
         recipe.checkpoint,
         folder,
+        ledger,
         metrics,
         state=lambda: {
             "gpu_hours": budget.metrics().get("budget/gpu_hours"),
@@ -162,6 +166,7 @@ def _train(
                 *([_Restore(checkpoint)] if checkpoint is not None else []),
                 *([_ExactStart(weights)] if checkpoint is None and casts_initial_weights(plan) else []),
                 Heartbeats(plan.compile),
+                ledger,
                 budget,
                 StopAgreement(budget),
                 evaluation,

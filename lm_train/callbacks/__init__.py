@@ -5,6 +5,7 @@ from lm_train.callbacks.checkpoints import Checkpoints
 from lm_train.callbacks.debugging import DebugChecks
 from lm_train.callbacks.evaluation import Evaluation
 from lm_train.callbacks.heartbeats import Heartbeats
+from lm_train.callbacks.ledger import Ledger
 from lm_train.callbacks.metrics import Metrics
 from lm_train.callbacks.progress import Progress
 from lm_train.callbacks.sample import Sample
@@ -16,6 +17,7 @@ __all__ = [
     "DebugChecks",
     "Evaluation",
     "Heartbeats",
+    "Ledger",
     "Metrics",
     "Progress",
     "Sample",

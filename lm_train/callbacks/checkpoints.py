@@ -14,10 +14,12 @@ import torch
 from lightning.pytorch.callbacks import EarlyStopping
 
 from lm_train import checkpoint, heartbeat
+from lm_train.callbacks.ledger import Ledger
 from lm_train.callbacks.metrics import Metrics
 from lm_train.errors import StopRequested
 from lm_train.heartbeat import Phase
 from lm_train.loop import StepTrainer
+from lm_train.modules import TrainingModule
 from lm_train.recipe import CheckpointSection
 from lm_train.runs import RunFolder, write_atomically
 from lm_train.strategy import take_buffers_of_first_rank
@@ -32,6 +34,7 @@ class Checkpoints(L.Callback):
     Args:
         section: how often, and how many are kept.
         folder: the run's.
+        ledger: which has all steps of a checkpoint on disk before it is published.
         metrics: whose clock does not count the saving.
         state: values for state.json beyond the counters.
         saved: told the step and the seconds of each save.
@@ -41,11 +44,13 @@ class Checkpoints(L.Callback):
         self,
         section: CheckpointSection,
         folder: RunFolder,
+        ledger: Ledger,
         metrics: Metrics,
         state: Callable[[], dict[str, Any]],
         saved: Callable[[int, float], None],
     ) -> None:
-        self.section, self.folder, self.metrics, self.state, self.saved = section, folder, metrics, state, saved
+        self.section, self.folder, self.ledger, self.metrics = section, folder, ledger, metrics
+        self.state, self.saved = state, saved
         self._saved_step: int | None = None
         self._best = float("inf")
 
@@ -55,7 +60,7 @@ class Checkpoints(L.Callback):
         if best and best["step"] <= trainer.global_step:
             self._best = best[MONITOR]
 
-    def on_train_batch_end(self, trainer: StepTrainer, pl_module: L.LightningModule, *args: Any) -> None:
+    def on_train_batch_end(self, trainer: StepTrainer, pl_module: TrainingModule, *args: Any) -> None:
         # a checkpoint knows of the validation at its step, or a run resumed from it would lose that validation; the last
         # step is saved first, since `train` makes up for a last validation that is missing
         last = trainer.global_step == trainer.max_steps
@@ -67,7 +72,7 @@ class Checkpoints(L.Callback):
         by_number = every is not None and trainer.global_step % every == 0 and not trainer.only_final_save
         return trainer.save_is_due or by_number
 
-    def on_validation_end(self, trainer: StepTrainer, pl_module: L.LightningModule) -> None:
+    def on_validation_end(self, trainer: StepTrainer, pl_module: TrainingModule) -> None:
         if trainer.stop_code is not None:  # cut off; the end of the training saves
             return
         value = trainer.callback_metrics.get(MONITOR)
@@ -85,24 +90,25 @@ class Checkpoints(L.Callback):
         elif self._is_due(trainer):
             self._save(trainer, pl_module)
 
-    def on_train_end(self, trainer: StepTrainer, pl_module: L.LightningModule) -> None:
+    def on_train_end(self, trainer: StepTrainer, pl_module: TrainingModule) -> None:
         self._save(trainer, pl_module)
 
-    def on_exception(self, trainer: StepTrainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+    def on_exception(self, trainer: StepTrainer, pl_module: TrainingModule, exception: BaseException) -> None:
         # a stop that came while the loop waited for data: parameters stand as the last step left them; several ranks
         # cannot save here, since each may be at another place
         if isinstance(exception, StopRequested) and trainer.world_size == 1 and trainer.global_step > 0:
             self._save(trainer, pl_module)
 
-    def _save(self, trainer: StepTrainer, module: L.LightningModule) -> None:
+    def _save(self, trainer: StepTrainer, module: TrainingModule) -> None:
         if trainer.global_step != self._saved_step:
             with heartbeat.during(Phase.SAVE):
                 self._write(trainer, module)
 
-    def _write(self, trainer: StepTrainer, module: L.LightningModule) -> None:
+    def _write(self, trainer: StepTrainer, module: TrainingModule) -> None:
         step = trainer.global_step
         began = time.monotonic()
         self.metrics.pause()  # waits for the device
+        self.ledger.write(trainer, module, durable=True)
         target = self.folder.checkpoints / f"step-{step}"
         state = {"step": step, **_state_of(trainer), **self.state()}
         take_buffers_of_first_rank(module.net)

@@ -11,6 +11,7 @@ from typing import Any
 import lightning.pytorch as L
 import torch
 
+from lm_train.callbacks.ledger import Ledger
 from lm_train.data import DataModule
 from lm_train.loop import StepTrainer
 from lm_train.modules import TrainingModule
@@ -24,15 +25,22 @@ class Metrics(L.Callback):
 
     Args:
         plan: FLOPs, peak, ranks.
+        ledger: fetches loss and norm from the device.
         flops_per_sample: forward and backward, of the built model; None where unknown.
         every: optimizer steps between two rows.
         spent: what the run has used in all its starts, by the metric's name.
     """
 
     def __init__(
-        self, plan: Plan, flops_per_sample: int | None, every: int, spent: Callable[[], dict[str, float]] = dict
+        self,
+        plan: Plan,
+        ledger: Ledger,
+        flops_per_sample: int | None,
+        every: int,
+        spent: Callable[[], dict[str, float]] = dict,
     ) -> None:
-        self.plan, self.flops_per_sample, self.every = plan, flops_per_sample, every
+        self.plan, self.ledger = plan, ledger
+        self.flops_per_sample, self.every = flops_per_sample, every
         self.latest: dict[str, float] = {}
         self.spent = spent
         self._paused = 0.0
@@ -52,8 +60,10 @@ class Metrics(L.Callback):
     def _log_step(self, trainer: StepTrainer, module: TrainingModule, step: int) -> None:
         plan, data, tokens = self.plan, trainer.datamodule, self.plan.tokens_per_step
         assert isinstance(data, DataModule)
-        loss = trainer.strategy.reduce(module.step_loss, reduce_op="mean")
-        values = torch.stack((loss.float(), module.grad_norm.float())).tolist()  # waits for the device
+        self.ledger.write(trainer, module)  # waits for the device
+        values = self.ledger.last
+        assert values is not None
+        assert values.step == step
         assert self._mark is not None
         began, step_before, waited_before = self._mark
         steps = step - step_before
@@ -63,8 +73,8 @@ class Metrics(L.Callback):
             "epoch": data.epoch(step),
             **({"tokens": step * tokens} if tokens is not None else {}),
             "samples": step * plan.global_batch_size,
-            "train/loss": values[0],
-            "train/grad_norm": values[1],
+            "train/loss": float.fromhex(values.loss),
+            "train/grad_norm": float.fromhex(values.grad_norm),
             "train/learning_rate": module.step_learning_rate,
             "perf/step_seconds": seconds,
             "perf/data_wait_seconds": (data.train_loader.wait_seconds - waited_before) / steps,

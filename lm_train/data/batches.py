@@ -59,6 +59,22 @@ class StepBatches(Dataset[Batch], ABC):
     def micro_batch(self, start: int, part: slice) -> Batch:
         """The batch of the positions start + part; its step has those from `start` to start + G."""
 
+    def sample_ids(self, step: int) -> Integers | None:
+        """Which samples the global batch of a step holds, whatever `start_step` and rank are: a pure function.
+
+        Args:
+            step: optimizer steps before it, as above; the ledger counts them from 1.
+
+        Returns:
+            Epoch and number of each sample in global order, (G, 2); None where nobody can know.
+        """
+        epochs, samples = self.samples_of(self.first_position(step))
+        return np.stack((epochs, samples), axis=1)
+
+    @abstractmethod
+    def samples_of(self, start: int) -> tuple[Integers, Integers]:
+        """Epochs and numbers of the samples of the step that begins at global position `start`, in global order, (G,) each."""
+
 
 class Samples(ABC):
     """The samples of one split, held in memory or mapped from disk."""
@@ -96,9 +112,11 @@ class SampleBatches(StepBatches):
         self.samples = samples
         self.order = order or SampleOrder(seed, len(samples))
 
+    def samples_of(self, start: int) -> tuple[Integers, Integers]:
+        return self.order.samples(np.arange(start, start + self.plan.global_batch_size))
+
     def micro_batch(self, start: int, part: slice) -> Batch:
-        positions = np.arange(start, start + self.plan.global_batch_size)
-        epochs, chosen = self.order.samples(positions)
+        epochs, chosen = self.samples_of(start)
         total = self.samples.total(chosen, epochs)
         chosen, epochs = self.samples.arranged(chosen, epochs)
         return self.samples.batch(chosen[part], epochs[part]) | {"total": total}

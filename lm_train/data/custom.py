@@ -23,12 +23,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import lightning.pytorch as L
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
 
 from lm_train import plugins
-from lm_train.data.batches import Batch, Split, StepBatches
+from lm_train.data.batches import Batch, Integers, Split, StepBatches
 from lm_train.data.cache import cache_folder, locked
 from lm_train.data.loading import TimedLoader
 from lm_train.data.module import DataModule
@@ -37,6 +38,8 @@ from lm_train.errors import DataError, UsageError
 from lm_train.plan import DataFacts, Plan
 from lm_train.recipe import AnyModel, CustomData
 
+_REMEMBERED_STEPS = 1024
+"""Steps of whose samples the order is kept: those whose ledger may still be waiting."""
 OWN = "own"
 """Key under which a batch stands that is no dictionary of tensors."""
 _LOADERS: dict[Split, str] = {"train": "train_dataloader", "val": "val_dataloader", "test": "test_dataloader"}
@@ -48,6 +51,7 @@ class CustomDataModule(DataModule):
     def __init__(self, section: CustomData, plan: Plan, seed: int) -> None:
         super().__init__(plan, seed)
         self.section = section
+        self._orders: dict[int, Integers | None] = {}
 
     def prepare(self, model: AnyModel) -> None:
         factory = self.section.factory
@@ -142,6 +146,23 @@ class CustomDataModule(DataModule):
     def evaluation_batches(self, split: Split, rank: int) -> Dataset[Batch]:
         raise AssertionError("the loaders are the user's")
 
+    def sample_ids(self, step: int) -> Integers | None:
+        """As of any data; the numbers are those by which the loader asks its data set. None for a stream, which has none, and
+        for a sampler that names its samples by anything else."""
+        if not self._rounds:
+            return None
+        world, first, pairs = self.plan.world_size, self.rounds_passed(step), []
+        for number in range(first, first + self.plan.accumulate_grad_batches):
+            epoch, round_ = divmod(number, self._rounds)
+            if epoch not in self._orders:
+                self._indices(epoch)
+            order = self._orders[epoch]
+            if order is None:
+                return None
+            samples = order[round_ * world : (round_ + 1) * world].reshape(-1)
+            pairs.append(np.stack((np.full_like(samples, epoch), samples), axis=1))
+        return np.concatenate(pairs)
+
     def count_batches(self, split: Split, rank: int) -> int:
         return 0
 
@@ -164,7 +185,20 @@ class CustomDataModule(DataModule):
         """The samples of each full batch of an epoch, the same on every rank."""
         with self.seeded(epoch, self.loader):
             batches = [list(batch) for batch in self.loader.batch_sampler or ()]
-        return [batch for batch in batches if len(batch) == self.plan.micro_batch_size]
+        batches = [batch for batch in batches if len(batch) == self.plan.micro_batch_size]
+        if self._rank() == 0:
+            self._remember(epoch, batches)
+        return batches
+
+    def _remember(self, epoch: int, batches: list[list[int]]) -> None:
+        """Keeps the order of an epoch for the ledger: a sampler may draw another one when it is asked again."""
+        numbers = np.array(batches)  # (rounds x ranks, B)
+        numbered = numbers.ndim == 2 and numbers.dtype.kind in "iu"
+        self._orders[epoch] = numbers.astype(np.int64) if numbered else None
+        rounds = max(1, len(batches) // self.plan.world_size)
+        waiting = _REMEMBERED_STEPS * self.plan.accumulate_grad_batches // rounds + 1
+        for old in [e for e in self._orders if e < epoch - waiting]:
+            del self._orders[old]
 
     @contextlib.contextmanager
     def seeded(self, epoch: int, loader: DataLoader[Any]) -> Iterator[None]:

@@ -13,7 +13,7 @@ from typing import Any
 import lightning.pytorch as L
 from torch.utils.data import DataLoader, Dataset
 
-from lm_train.data.batches import Batch, EvaluationBatches, SampleBatches, Samples, Split, StepBatches
+from lm_train.data.batches import Batch, EvaluationBatches, Integers, SampleBatches, Samples, Split, StepBatches
 from lm_train.data.cache import write_text
 from lm_train.data.loading import TimedLoader, make_loader
 from lm_train.data.order import Skipped, first_position
@@ -54,6 +54,7 @@ class DataModule(L.LightningDataModule, ABC):
         self.horizon = Horizon(plan.max_steps)
         """The last step; `train` puts the run's own here."""
         self.train_loader: TimedLoader | None = None
+        self._identities: StepBatches | None = None
 
     @abstractmethod
     def prepare(self, model: AnyModel) -> None:
@@ -111,6 +112,13 @@ class DataModule(L.LightningDataModule, ABC):
     @abstractmethod
     def train_batches(self, rank: int) -> StepBatches:
         """Micro batches of a rank from `start_step` to the last step."""
+
+    def sample_ids(self, step: int) -> Integers | None:
+        """Which samples the global batch of a step holds; see `StepBatches.sample_ids`."""
+        if self._identities is None:
+            self._identities = self.train_batches(0)  # not the loader's own, with which another thread may be at work
+        self._identities.skipped = self.skipped
+        return self._identities.sample_ids(step)
 
     @abstractmethod
     def evaluation_batches(self, split: Split, rank: int) -> Dataset[Batch]:

@@ -35,9 +35,14 @@ class TrainBatches(StepBatches):
         self.tokens, self.block_size, self.seed, self.streaming = tokens, plan.block_size, seed, streaming
         self._order: SampleOrder | None = None
 
+    def samples_of(self, start: int) -> tuple[Integers, Integers]:
+        return self._samples_at(np.arange(start, start + self.plan.global_batch_size))
+
+    def _samples_at(self, positions: Integers) -> tuple[Integers, Integers]:
+        return self._order_at(int(positions[-1])).samples(positions)
+
     def micro_batch(self, start: int, part: slice) -> Batch:
-        positions = np.arange(start + part.start, start + part.stop)
-        epochs, samples = self._order_at(int(positions[-1])).samples(positions)
+        epochs, samples = self._samples_at(np.arange(start + part.start, start + part.stop))
         rows = self.tokens.rows(samples * self.block_size + self._offsets(epochs), self.block_size + 1)
         return self._batch(rows, epochs, samples)
 

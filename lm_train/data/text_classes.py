@@ -100,14 +100,17 @@ class BucketBatches(SampleBatches):
 
     samples: SizedSamples
 
-    def micro_batch(self, start: int, part: slice) -> Batch:
+    def samples_of(self, start: int) -> tuple[Integers, Integers]:
         size = self.plan.global_batch_size
         window, place = divmod(start // size, WINDOW)
         if self._window is None or self._window[0] != window:
             self._window = window, *self._sorted(window)
         _, epochs, samples = self._window
         chosen = slice(place * size, (place + 1) * size)
-        epochs, samples = epochs[chosen], samples[chosen]
+        return epochs[chosen], samples[chosen]
+
+    def micro_batch(self, start: int, part: slice) -> Batch:
+        epochs, samples = self.samples_of(start)
         return self.samples.batch(samples[part], epochs[part]) | {"total": self.samples.total(samples, epochs)}
 
     _window: tuple[int, Integers, Integers] | None = None

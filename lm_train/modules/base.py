@@ -39,6 +39,8 @@ class TrainingModule(L.LightningModule, ABC):
 
     step_loss: Tensor
     step_learning_rate: float
+    step_withheld: Tensor | float = 0.0
+    """Whether the step's update was made, (): 0, or the number in `lm_train.ledger.WITHHELD` of why it was not."""
     input_type: torch.dtype | None
     """What floats that go into the network are cast to; None leaves them as they are."""
 
@@ -62,10 +64,15 @@ class TrainingModule(L.LightningModule, ABC):
     @property
     def grad_norm(self) -> Tensor:
         """Global 2-norm of the last optimizer step's gradient before clipping, (). Every rank asks, or none."""
+        return self.own_grad_norm.summed().value
+
+    @property
+    def own_grad_norm(self) -> Norm:
+        """As `grad_norm`, or this rank's part of it: no collective."""
         if isinstance(self.trainer.strategy, Zero):
-            return self.trainer.strategy.grad_norm
+            return Norm(self.trainer.strategy.grad_norm, is_part=False)
         assert self._grad_norm is not None, "no optimizer step yet"
-        return self._grad_norm.summed().value
+        return self._grad_norm
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         # fp16's gradient scaler cannot clip for an optimizer that unscales inside its kernel
