@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 
@@ -62,3 +65,18 @@ def test_a_loop_that_ends_early_leaves_no_thread() -> None:
     batches.close()
     assert not threads()
     assert len(numbers.made) <= 4, "only a little ahead"
+
+
+THREADS = """
+import torch
+from lm_train.data.loading import made_ahead
+list(made_ahead(iter([{"total": 1.0}])))
+print(torch.get_num_threads())
+"""
+
+
+def test_the_threads_of_the_step_stay_as_many() -> None:
+    """In a process of its own: torch asks for the number once, at the first operation that could use several threads."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+    found = subprocess.run([sys.executable, "-c", THREADS], env=environment, capture_output=True, text=True, check=True)
+    assert found.stdout.split() == ["2"]

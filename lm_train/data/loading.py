@@ -76,6 +76,7 @@ def made_ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
             if batch is None:
                 return
 
+    torch.get_num_threads()  # settles this thread's own number, which `make` would otherwise decide along with its own
     thread = threading.Thread(target=make, name="batches", daemon=True)
     with signals.blocked():  # they are for the main thread, which may be waiting
         thread.start()
