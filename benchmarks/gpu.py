@@ -199,7 +199,7 @@ def predicted(folder: RunFolder) -> dict[str, Any] | None:
     return {
         "allocated": allocated,
         "used": used,
-        "high": round(used * (1 + memory["relative_error"])),
+        "high": round(used * (1 + memory["relative_error"][1])),
         "parts": {part: memory[part] for part in (*parts, "reserve")},
         "moment": memory["moment"],
         "seconds": seconds,

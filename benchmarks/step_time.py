@@ -2,6 +2,7 @@
 
     python benchmarks/step_time.py measure [--rounds 2] [--only NAME ...] [--minutes M]     trains, adds rows to the raw file
     python benchmarks/step_time.py regret [--minutes M]                                     tries every layout of three recipes
+    python benchmarks/step_time.py making                                                   seconds until a value is in a batch
     python benchmarks/step_time.py fit                                                      what the calibration rows say
     python benchmarks/step_time.py report                                                   predicts, and writes the results
 
@@ -32,15 +33,19 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+import torch
 from memory import CLASSES, PIXELS, make_images, words_of
 from memory_list import ROWS
 from report import RESULTS, write_results
 
 from lm_train.clusters import Cluster, find
+from lm_train.data import build as build_data
+from lm_train.data.loading import make_loader
 from lm_train.hardware import this_machine
-from lm_train.plan import DataFacts, Layout, known_facts, parameter_shapes
+from lm_train.plan import DataFacts, Layout, known_facts, make_plan, parameter_shapes
 from lm_train.plan.duration import time_of
 from lm_train.plan.facts import with_assumptions
+from lm_train.plan.network import sample_seconds
 from lm_train.plan.plan import Plan
 from lm_train.plan.prediction import TimePrediction
 from lm_train.plan.rates import find_calibration, from_facts, rates_of
@@ -151,6 +156,7 @@ def predicted(words: Iterable[str], plan: Plan, calibrated: bool = True) -> Time
         rates,
         log_every=recipe.trainer.log_every_n_steps,
         clips=recipe.trainer.gradient_clip_val is not None,
+        sample_seconds=sample_seconds(recipe, facts, rates),
     )
 
 
@@ -174,7 +180,7 @@ def run(words: list[str], steps: int, folder: Path) -> dict[str, Any]:
         "seconds": [row["perf/step_seconds"] for row in late],
         "data_wait_seconds": [row["perf/data_wait_seconds"] for row in late],
         "wall_seconds": time.monotonic() - began,
-        "plan": json.loads(root.plan.read_text()),
+        "plan": json.loads(root.plan.read_text()) | {"prediction": None},
     }
 
 
@@ -263,6 +269,29 @@ def regret(minutes: float) -> None:
                 tried[key] = run([*words, *layout], 30, Path(folder))
             write_raw(raw)
             print(f"{name}: {key:<40} {statistics.median(tried[key]['seconds']) * 1e3:9.1f} ms", flush=True)
+
+
+def making() -> None:
+    """Core seconds of one value of an augmented image, and of one token of running text, until it is in a batch."""
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as temporary:
+        place = Path(temporary)
+        make_images(place)
+        images = f"data={{kind: images, path: {place / 'images'}, global_batch_size: 64, crop: 4, flip: true, num_workers: 0}}"
+        for name, words in {"value": ("recipe=resnet_cifar10", images), "token": ("recipe=gpt_debug", TEXT)}.items():
+            recipe = load([*words, "trainer.max_steps=1000000"])
+            plan = make_plan(recipe, this_machine())
+            folder = RunFolder(place / name)
+            folder.root.mkdir()
+            data = build_data(recipe.data, plan, recipe.seed, folder)
+            data.prepare(recipe.model)
+            batches = iter(make_loader(data.train_batches(0), plan, 0))
+            sizes = [max(part.numel() for part in next(batches).values() if isinstance(part, torch.Tensor))]
+            began = time.process_time()
+            while time.process_time() - began < 3:
+                sizes.append(max(part.numel() for part in next(batches).values() if isinstance(part, torch.Tensor)))
+            each = (time.process_time() - began) / sum(sizes[1:])
+            print(f"{name:<8} {each * 1e9:.1f} ns in batches of {sizes[0]:,}")
 
 
 def result_rows(raw: dict[str, Any]) -> list[dict[str, Any]]:
@@ -417,7 +446,7 @@ def page(result: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("do", choices=("measure", "regret", "fit", "report"))
+    parser.add_argument("do", choices=("measure", "regret", "making", "fit", "report"))
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--only", nargs="+", help="names of rows")
     parser.add_argument("--minutes", type=float, default=1e9, help="begins no run after so many")
@@ -429,6 +458,8 @@ def main() -> None:
             measure(options.rounds, options.only, options.minutes)
         case "regret":
             regret(options.minutes)
+        case "making":
+            making()
         case "fit":
             fit()
         case "report":

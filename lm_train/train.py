@@ -31,6 +31,7 @@ from lm_train.callbacks import (
 )
 from lm_train.callbacks.checkpoints import MONITOR, restore_state
 from lm_train.callbacks.debugging import overfit_one_batch
+from lm_train.callbacks.metrics import forget_peak
 from lm_train.checkpoint import CheckpointReader, set_initial_weights, views_of
 from lm_train.data import DataModule, MaskedTextDataModule, PairDataModule, TextDataModule
 from lm_train.data.order import joined
@@ -96,6 +97,7 @@ def _train(
     if checkpoint is not None:
         _check_data(checkpoint, datamodule.fingerprint)
     datamodule.leave(folder)
+    forget_peak()
     horizon = find_horizon(recipe, plan, datamodule, checkpoint, folder)
     datamodule.horizon = horizon
     datamodule.skipped = joined(checkpoint.state.get("skipped", ()) if checkpoint is not None else ())

@@ -102,7 +102,7 @@ def test_gpu_results(gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.Monkey
 def test_gpu_reads_a_plan(gpu: ModuleType, tmp_path: Path) -> None:
     memory = dict.fromkeys(("parameters", "gradients", "optimizer", "activations", "logits", "buffers", "reserve"), 100)
     step = dict.fromkeys(("compute", "communication", "optimizer", "data", "host"), 0.25)
-    prediction = {"memory": memory | {"relative_error": 0.1, "moment": "the update"}, "step": step, "mfu": None}
+    prediction = {"memory": memory | {"relative_error": [0.1, 0.1], "moment": "the update"}, "step": step, "mfu": None}
     folder = SimpleNamespace(plan=tmp_path / "plan.json")
     assert gpu.predicted(folder) is None
     folder.plan.write_text(json.dumps({"prediction": prediction}))

@@ -125,10 +125,34 @@ def test_a_curve_meets_its_points_and_lies_between() -> None:
 
 
 def test_a_surface_of_one_rate_gives_it_everywhere() -> None:
-    points = [((m, n), 1e3 * m * n, 1e-6 + 1e3 * m * n / 1e9) for m in (4, 64) for n in (4, 64)]
+    points = [((m, n), 1e3 * m * n, 1, 1e-6 + 1e3 * m * n / 1e9) for m in (4, 64) for n in (4, 64)]
     surface = Surface(points, 1e-6)
     assert surface((16, 16), 1e3 * 256) == pytest.approx(1e-6 + 1e3 * 256 / 1e9, rel=0.02)
     assert surface((1000, 1000), 1e9) == pytest.approx(1.0, rel=0.02)
+
+
+def test_steps_that_wait_for_one_another_cost_each() -> None:
+    """A tenth of a millisecond a step, whatever is computed in it, and 1 ns a unit of work."""
+
+    def seconds(shape: tuple[int, ...]) -> float:
+        batch, steps, width, state = shape
+        return 1e-4 * steps + 1e-9 * batch * steps * state * (width + state)
+
+    def layer(shape: tuple[int, ...]) -> Point:
+        return Point(
+            variant="lstm",
+            kind="recurrent",
+            backward=False,
+            number="fp32",
+            shape=shape,
+            bytes=1e6,
+            seconds=seconds(shape),
+        )
+
+    tables = Tables(map(layer, ((2, 32, 8, 8), (16, 32, 64, 64), (64, 8, 512, 512))))
+    wanted = (40, 256, 384, 512)
+    op = Op("cells.lstm", "recurrent", False, 0.0, 0.0, wanted, "fp32", 1)
+    assert tables.seconds(op) == pytest.approx(seconds(wanted), rel=0.25)
 
 
 def test_a_variant_is_found_by_the_tapes_name() -> None:

@@ -32,7 +32,7 @@ def predicted(hours: float = 10.0, host: int = 0, capacity: int = 0, saving: flo
     memory = dict.fromkeys(("parameters", "gradients", "optimizer", "activations", "logits", "buffers", "reserve"), GB)
     span = Interval(low=hours / 2, value=hours * 0.8, high=hours)
     return Prediction(
-        memory=MemoryPrediction(**memory, moment="update", host=host, relative_error=0.0, capacity=capacity),
+        memory=MemoryPrediction(**memory, moment="update", host=host, relative_error=(0.0, 0.0), capacity=capacity),
         step=TimePrediction(
             compute=1, communication=0, optimizer=0, data=0, host=0, relative_error=(0.1, 0.1), source="data sheets"
         ),

@@ -42,7 +42,7 @@ WEIGHTS = (
 """(columns, inner) of the matrix products: about those of networks from 64 to 768 wide, their heads included."""
 LARGE_WEIGHTS = ((2048, 2048), (8192, 2048), (2048, 8192), (4096, 4096), (50304, 768))
 """For GPUs besides."""
-LARGEST_FLOPS = {"cpu": 2.2e9, "cuda": 2e12}
+LARGEST_FLOPS = {"cpu": 2.5e9, "cuda": 2e12}
 ELEMENTS = (2**8, 2**15, 2**18, 2**20, 2**22, 2**24)
 """The last is more than what glibc's malloc keeps to itself: tensors of that size are new pages every time, in training too."""
 ATTENTIONS = tuple(
@@ -73,6 +73,8 @@ RECURRENTS = (
     (16, 64, 256, 256),
     (64, 64, 128, 256),
     (32, 32, 512, 512),
+    (64, 8, 512, 512),
+    (32, 8, 768, 768),
 )
 COPIED = 24 << 20
 """Bytes of inputs that are taken in turns. What the backward pass reads was made long ago; the forward pass reads what the

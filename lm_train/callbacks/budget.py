@@ -269,9 +269,9 @@ class BudgetGuard(L.Callback):
         if seconds not in expected:
             found.append(f"a step takes {seconds:.3g} s, predicted were {expected.low:.3g} to {expected.high:.3g}")
         memory, held = prediction.memory, peak_bytes(self.plan)
-        low, high = memory.total * (1 - memory.relative_error), memory.high
+        low, high = memory.low, memory.high
         if not low <= held <= high:
-            found.append(f"{size_of(held)} of memory are held, predicted were {size_of(round(low))} to {size_of(high)}")
+            found.append(f"{size_of(held)} of memory are held, predicted were {size_of(low)} to {size_of(high)}")
         if found:
             self._judged = True
             self.say(f"lm-train: {'; '.join(found)}; {self._corrected_cost(trainer, step, now, seconds)}")

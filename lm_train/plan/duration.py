@@ -70,7 +70,7 @@ def time_of(
         rates: of this layout's ranks.
         log_every: steps between two rows of metrics.
         clips: whether gradients are scaled by their norm.
-        sample_seconds: of one core, until one sample is ready.
+        sample_seconds: of one core, until one sample is in a batch.
     """
     named = list(shapes)
     micro = pass_of(work.ops, rates)
@@ -86,8 +86,11 @@ def time_of(
         host = max(0.0, host - compute - communication - optimizer)
     host += rates.loop.row / log_every
     samples = layout.micro_batch_size * accumulate
-    making = samples * sample_seconds / max(1, layout.num_workers)
-    data = making if layout.num_workers == 0 else max(0.0, making - compute - communication - optimizer - host)
+    making = samples * sample_seconds
+    if layout.num_workers:
+        data = max(0.0, making / layout.num_workers - compute - communication - optimizer - host)
+    else:  # on a CPU a thread makes them beside the step, on a core that the step would use
+        data = making / (1 if rates.asynchronous else max(1, layout.threads_per_rank))
     return TimePrediction(
         compute=compute,
         communication=communication,

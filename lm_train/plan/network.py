@@ -131,6 +131,7 @@ class Forecaster:
             self.rates(layout),
             log_every=self.recipe.trainer.log_every_n_steps,
             clips=self.recipe.trainer.gradient_clip_val is not None,
+            sample_seconds=sample_seconds(self.recipe, self._facts, self.rates(layout)),
         )
 
     def checkpoint_bytes(self, layout: Layout) -> int:
@@ -146,6 +147,17 @@ class Forecaster:
             return 0.0
         each = layout.micro_batch_size * layout.ranks
         return validation_seconds(self.work(layout), self.rates(layout), math.ceil(samples / each))
+
+
+def sample_seconds(recipe: Recipe, facts: DataFacts, rates: Rates) -> float:
+    """Core seconds until one sample is in a batch; 0 where nobody has measured it (texts of their own length, tables, own
+    code)."""
+    block_size: int | None = getattr(recipe.model, "block_size", None)
+    if recipe.data.kind in ("embedded", "text") and block_size is not None:
+        return block_size * rates.making["token"]
+    if facts.input_shape is not None and len(facts.input_shape) == 3:
+        return math.prod(facts.input_shape) * rates.making["value"]
+    return 0.0
 
 
 def validation_samples(recipe: Recipe, layout: Layout) -> int | None:

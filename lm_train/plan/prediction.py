@@ -48,8 +48,8 @@ class MemoryPrediction(_Frozen):
     """When: the forward or backward pass, the update, a validation, a checkpoint."""
     host: int
     """Bytes of host memory that offloading and pinned buffers take, besides the process itself."""
-    relative_error: float
-    """The peak is expected within this share of the sum."""
+    relative_error: tuple[float, float]
+    """The peak is expected within these shares below and above the sum."""
     capacity: int
     """Bytes that the device has; 0: unknown."""
     host_capacity: int = 0
@@ -68,9 +68,14 @@ class MemoryPrediction(_Frozen):
         )
 
     @property
+    def low(self) -> int:
+        """The lower end of what is expected."""
+        return round(self.total * (1 - self.relative_error[0]))
+
+    @property
     def high(self) -> int:
         """The upper end of what is expected: this must fit."""
-        return round(self.total * (1 + self.relative_error))
+        return round(self.total * (1 + self.relative_error[1]))
 
     @property
     def fits(self) -> bool:

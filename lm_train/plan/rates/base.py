@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -49,6 +50,8 @@ class Rates(ABC):
     interference: float
     """By which share computing is slower while a collective is under way."""
     loop: Loop
+    making: Mapping[str, float]
+    """Seconds of one core until one token of running text, or one value of an image, is in a batch."""
 
     @abstractmethod
     def device(self, op: Op) -> float:

@@ -45,6 +45,9 @@ RECURRENT_STEP_SECONDS = {"gpu": 8e-6, "cpu": 12e-6}
 """Of one time step of one layer, whose products wait for the step before. Estimates, as the two shares above."""
 LOOKUP_BACKWARD = 2.0
 """Gradients of an embedding are added at scattered places: so many times a plain pass. Estimate."""
+MAKING = {"token": 20e-9, "value": 2e-9}
+"""Core seconds until one token of running text, or one value of an augmented image, is in a batch: rounded up from
+`lm-train calibrate` and `benchmarks/step_time.py making` on two cores of an AMD EPYC."""
 LINK_SHARE = 0.9
 """Of a link's bandwidth, which is without the protocol's overhead already, that large collectives reach. Estimate: 8 A100
 show 200 to 230 GB/s of 240 (github.com/NVIDIA/nccl-tests/issues/149 and 178)."""
@@ -89,6 +92,7 @@ class FactRates(Rates):
         self.overlap, self.interference = (0.9, 0.1) if self.on_gpu else (0.0, 0.0)
         # seen in benchmarks/step_overhead.py: lm_train's step is 0.9 ms above a bare loop's on one core
         self.loop = Loop(step=0.6e-3, micro_batch=0.4e-3, row=2e-3)
+        self.making = MAKING
         self._share = 1.0 if self.on_gpu else _share_of_node(cluster, layout)
         self._bandwidth = device.memory_bandwidth * device.achievable_bandwidth
         if not self.on_gpu:

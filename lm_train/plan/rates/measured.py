@@ -34,6 +34,7 @@ class MeasuredRates(Rates):
         self.asynchronous = self.facts.asynchronous
         self.overlap, self.interference = self.facts.overlap, self.facts.interference
         training = calibration.training
+        self.making = {**self.facts.making, **calibration.sample_seconds}
         self.loop = Loop(step=training.step, micro_batch=training.micro_batch, row=training.row)
         below, above = QUICK_ERROR if calibration.quick else RELATIVE_ERROR
         same = (self.setting.ranks, self.setting.threads) == (layout.devices, layout.threads_per_rank)

@@ -65,23 +65,26 @@ class Surface:
     the seconds do.
 
     Args:
-        points: sizes, work (such as FLOPs), seconds.
-        fixed: seconds that an operation takes however small it is.
+        points: sizes, work (such as FLOPs), parts that follow one another, seconds.
+        fixed: seconds that each part takes however small it is.
     """
 
-    def __init__(self, points: Iterable[tuple[Sequence[float], float, float]], fixed: float) -> None:
+    def __init__(self, points: Iterable[tuple[Sequence[float], float, int, float]], fixed: float) -> None:
         self.fixed = fixed
         self._points = [
-            (tuple(math.log(max(size, 1.0)) for size in sizes), math.log(max(seconds - fixed, 0.05 * seconds) / work))
-            for sizes, work, seconds in points
+            (
+                tuple(math.log(max(size, 1.0)) for size in sizes),
+                math.log(max(seconds - parts * fixed, 0.05 * seconds) / work),
+            )
+            for sizes, work, parts, seconds in points
         ]
 
-    def __call__(self, sizes: Sequence[float], work: float) -> float:
+    def __call__(self, sizes: Sequence[float], work: float, parts: int = 1) -> float:
         at = tuple(math.log(max(size, 1.0)) for size in sizes)
         near = sorted((sum((a - b) ** 2 for a, b in zip(at, point, strict=True)), rate) for point, rate in self._points)
         weights = [(1 / (distance + 0.01), rate) for distance, rate in near[:NEIGHBOURS]]
         rate = sum(weight * rate for weight, rate in weights) / sum(weight for weight, _ in weights)
-        return self.fixed + work * math.exp(rate)
+        return parts * self.fixed + work * math.exp(rate)
 
 
 _Key = tuple[str, bool, str]
@@ -103,8 +106,13 @@ class Tables:
         for key, variants in grouped.items():
             for variant, own in variants.items():
                 if key[0] in SHAPED:
-                    fixed = min(floor, 0.8 * min(point.seconds for point in own))
-                    measured = ((_sizes(p.kind, p.shape), _work(p.kind, p.shape), p.seconds) for p in own)
+                    # steps of a recurrent layer wait for one another, and several threads for each other at every step
+                    least = 0.8 * min(point.seconds / _parts(point.kind, point.shape) for point in own)
+                    fixed = least if key[0] == "recurrent" else min(floor, least)
+                    measured = (
+                        (_sizes(p.kind, p.shape), _work(p.kind, p.shape), _parts(p.kind, p.shape), p.seconds)
+                        for p in own
+                    )
                     self._surfaces[key][variant] = Surface(measured, fixed)
                 else:
                     self._curves[key][variant] = Curve((point.bytes, point.seconds) for point in own)
@@ -125,7 +133,9 @@ class Tables:
     def _between(self, op: Op) -> float | None:
         if op.kind in SHAPED:
             surface = _variant(_first(self._surfaces, op), op.name)
-            return None if surface is None else surface(_sizes(op.kind, op.shape), _work(op.kind, op.shape))
+            if surface is None:
+                return None
+            return surface(_sizes(op.kind, op.shape), _work(op.kind, op.shape), _parts(op.kind, op.shape))
         curve = _variant(_first(self._curves, op), op.name)
         return self.stream(op.bytes) if curve is None else curve(op.bytes)
 
@@ -156,7 +166,15 @@ def _sizes(kind: str, shape: tuple[int, ...]) -> tuple[float, ...]:
         case "convolution":
             batch, channels, width_out, height, width, kernel = shape
             return batch, channels, width_out, height * width, kernel
+        case "recurrent":
+            batch, _, width, state = shape
+            return batch, width, state
     return tuple(shape)
+
+
+def _parts(kind: str, shape: tuple[int, ...]) -> int:
+    """Of an operation, those that begin only when the one before has ended."""
+    return shape[1] if kind == "recurrent" else 1
 
 
 def _work(kind: str, shape: tuple[int, ...], flops: float = 0.0) -> float:
