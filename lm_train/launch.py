@@ -15,12 +15,13 @@ from lm_train import plugins, runs
 from lm_train.attempt import WRONG_S, Attempt, NotJoined, join, publish
 from lm_train.budget import Account, Spending, check_currency, held_since
 from lm_train.errors import ExitCode, LMTrainError, OutputError, UsageError
+from lm_train.failures import Report
 from lm_train.hardware import Machine, this_machine
 from lm_train.plan import Plan, places, plan_for, plan_table
 from lm_train.recipe import Recipe
 from lm_train.runs import Owner, RunFolder
 from lm_train.slurm import Allocation, current_allocation
-from lm_train.supervisor import Report, Supervisor, say, signals_forwarded, within
+from lm_train.supervisor import Supervisor, say, signals_forwarded, within
 
 FINISH_S = 60.0
 """How long the other supervisors leave rank 0's to finish after a stop."""
@@ -140,7 +141,8 @@ def _supervise(
     """Runs the ranks of this task and writes the outcome; success is the primary's to tell, and what was used to count."""
     primary = allocation is None or allocation.is_primary
     node_name = socket.gethostname() if allocation is None else allocation.node_name
-    supervisor = Supervisor(folder, plan, places(plan, machine, allocation), node_name, spending)
+    timeout_s = None if recipe.debug else recipe.trainer.hang_timeout_s
+    supervisor = Supervisor(folder, plan, places(plan, machine, allocation), node_name, spending, timeout_s)
     with signals_forwarded(supervisor), _counted(supervisor) as counted:
         code, failure = supervisor.run(attempt, checkpoint)
         counted.append(code)

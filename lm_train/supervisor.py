@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import subprocess
@@ -12,47 +11,28 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import NamedTuple
 
 from lm_train import signals
 from lm_train.attempt import Attempt
 from lm_train.budget import Spending
 from lm_train.errors import ExitCode
+from lm_train.failures import Report, describe_death, peak_memory, read_report, reports, times_out_of_memory
 from lm_train.heartbeat import Board
 from lm_train.plan import Place, Plan
 from lm_train.redaction import redacted
-from lm_train.runs import RunFolder, write_atomically
+from lm_train.runs import RunFolder
+from lm_train.watchdog import Sight, Watchdog, in_words
 
-GRACE_S = 5.0
-"""How long the other ranks may take to notice that one died before they are killed."""
+GRACE_S = 3.5
+"""How long the other ranks may take to notice that one died before they are killed; with `LOOK_S` it makes less than 5 s."""
 CAUSE_S = 5.0
 """How long a supervisor whose ranks were only cut off waits for another one to tell the cause."""
-LOOK_S = 1.0
-"""How often the reports of other supervisors' ranks are looked for."""
+LOOK_S = 0.5
+"""How often the reports of other supervisors' ranks are looked for, and the own ranks' heartbeats."""
+KILL_S = 5.0
+"""How long a killed rank may take to be gone; one that waits for a file server may never be, and is left to the kernel."""
 _GOOD = (ExitCode.DONE, ExitCode.REQUEUE, ExitCode.INTERRUPTED)
 """What a rank that stands with the others at a step boundary ends with."""
-_CUT_OFF = ("Connection closed", "Connection reset", "pair closure")
-"""Words of the error that a rank gets when another one has gone."""
-
-
-class Report(NamedTuple):
-    """How a rank ended, in `errors/rank-N.json` of the run folder: written by itself, or by its supervisor."""
-
-    rank: int
-    exit_code: int
-    message: str
-    stopped: bool = False
-    """Told to stop where the ranks do not agree: no failure, but the others may wait for it."""
-
-    @property
-    def is_cut_off(self) -> bool:
-        """Whether the message only says that another rank went away."""
-        return any(words in self.message for words in _CUT_OFF)
-
-    def write(self, folder: RunFolder) -> None:
-        """Tells the other supervisors."""
-        with contextlib.suppress(OSError):  # a full disk is often the very error
-            write_atomically(folder.errors / f"rank-{self.rank}.json", json.dumps(self._asdict()))
 
 
 class Supervisor:
@@ -64,6 +44,7 @@ class Supervisor:
         places: the ranks of this supervisor.
         node_name: for messages.
         spending: of this start, where this supervisor counts it; when it is over, the ranks are ended by force.
+        hang_timeout_s: after which a rank without progress is given up; None: never.
     """
 
     def __init__(
@@ -73,8 +54,10 @@ class Supervisor:
         places: Sequence[Place],
         node_name: str,
         spending: Spending | None = None,
+        hang_timeout_s: float | None = None,
     ) -> None:
         self.folder, self.plan, self.places, self.node_name, self.spending = folder, plan, places, node_name, spending
+        self.hang_timeout_s = hang_timeout_s
         self.alone = len(places) == plan.world_size
         self.ranks: list[subprocess.Popen[bytes]] = []
         self.boards = [Board() for _ in places]
@@ -82,6 +65,8 @@ class Supervisor:
         self.at_once = False
         self.at_limit = False
         """The budget was used up before the ranks had ended."""
+        self._held_bytes = [0] * len(places)
+        self._out_of_memory = times_out_of_memory()
 
     def run(self, attempt: Attempt, checkpoint: Path | None) -> tuple[int, Report | None]:
         """Runs the ranks to their end.
@@ -89,15 +74,18 @@ class Supervisor:
         Returns:
             The exit code; and the failure that is this supervisor's to tell, if there was one.
         """
+        watchdog = self._watchdog(attempt)
         try:
             for place in self.places:
                 with signals.blocked():  # until the rank listens; here, until it is in the list
                     self.ranks.append(self._start(place, self.boards[len(self.ranks)], attempt, checkpoint))
                 if self.stopping and len(self.ranks) < len(self.places):
                     return self._stopped(_code_of(self.stopping)), None  # the ranks so far would wait for the others
-            failure = self._watch()
+            failure = self._watch(watchdog)
         finally:
             self._kill()
+            for board in self.boards:
+                board.close()
         if self.at_once:
             return self._stopped(_code_of(signal.SIGINT)), None
         if self.at_limit:
@@ -156,14 +144,25 @@ class Supervisor:
         """Where a rank's output goes that nobody sees; rank 0's goes to the terminal."""
         return self.folder.errors / f"rank-{rank}.log"
 
-    def _watch(self) -> Report | None:
+    def _watchdog(self, attempt: Attempt) -> Watchdog:
+        prediction = self.plan.prediction
+        return Watchdog(
+            [place.rank for place in self.places],
+            self.boards,
+            self.hang_timeout_s,
+            self.plan.world_size,
+            attempt.folder,
+            0.0 if prediction is None else prediction.checkpoint_seconds.high,
+        )
+
+    def _watch(self, watchdog: Watchdog) -> Report | None:
         """Waits for all ranks; when one ends badly, here or elsewhere, gives the others a moment.
 
         Returns:
             The failure among the ranks of this supervisor that stands nearest to the cause.
         """
         deadline = float("inf")
-        look = 0.0
+        look = beat = 0.0
         together = (None, *_GOOD)
         while any(rank.poll() is None for rank in self.ranks) and not self.at_once:
             now = time.monotonic()
@@ -172,6 +171,11 @@ class Supervisor:
                 if self.spending.is_over:
                     self.at_limit = True
                     return None
+            if now > beat and deadline == float("inf") and len(self.ranks) == len(self.places):
+                beat = now + LOOK_S
+                sights = watchdog.look(self._pids())
+                if sights:
+                    return self._hang(watchdog, sights)
             if deadline == float("inf"):
                 bad = any(rank.returncode not in together for rank in self.ranks)
                 if not bad and not self.alone and now > look:
@@ -191,24 +195,53 @@ class Supervisor:
     def _first_failure(self) -> Report | None:
         """The cause among the ranks that ended badly: the one that wrote its own error rather than one that was cut off."""
         failures = []
-        for place, rank in zip(self.places, self.ranks, strict=False):
+        for index, (place, rank) in enumerate(zip(self.places, self.ranks, strict=False)):
             if rank.returncode in (None, *_GOOD):
                 continue
             if _stopped_outside(rank.returncode):
                 self._stopped(_meaning(rank.returncode))
                 continue
-            report = self._read(place.rank)
+            board = self.boards[index]
+            report = read_report(self.folder, place.rank)
             if report is None:
-                report = self._describe(place.rank, rank.returncode)
+                held, out = self._held_bytes[index], times_out_of_memory() > self._out_of_memory
+                report = describe_death(place.rank, rank.returncode, board.read(), board.stacks(), held, out)
                 report.write(self.folder)
+                self._keep_stacks(index)
+            elif not report.phase:
+                report = report.at(board.read())
             failures.append((0 if rank.returncode < 0 else 2 if report.is_cut_off else 1, report))
         return min(failures)[1] if failures else None
 
-    def _describe(self, rank: int, status: int) -> Report:
-        if status < 0:
-            return Report(rank, ExitCode.REQUEUE, f"was ended by {signal.Signals(-status).name}")
-        code = ExitCode(status) if status in list(ExitCode) else ExitCode.BUG
-        return Report(rank, code, f"ended with exit code {status} and left no message")
+    def _pids(self) -> list[int | None]:
+        """Of the ranks that still run; looks at what they hold, for the case that the kernel ends them for it."""
+        pids = [rank.pid if rank.poll() is None else None for rank in self.ranks]
+        for index, pid in enumerate(pids):
+            if pid is not None:
+                self._held_bytes[index] = max(peak_memory(pid), self._held_bytes[index])
+        return pids
+
+    def _hang(self, watchdog: Watchdog, sights: Sequence[Sight]) -> Report:
+        """The report of the rank that hangs, if it is one of this supervisor's, else of one that waits for it."""
+        own = watchdog.stacks(self._pids(), on_cpu=self.plan.accelerator == "cpu")
+        for index in range(len(self.ranks)):
+            self._keep_stacks(index)
+        guilty = watchdog.judge(own) or list(sights)
+        mine = [sight for sight in guilty if any(sight.rank == place.rank for place in self.places)]
+        if mine:
+            message = f"{in_words(mine[0], guilty)}; stacks of all ranks: {self.folder.errors}/rank-*.stack"
+            report = Report(mine[0].rank, ExitCode.REQUEUE, message, step=mine[0].step, phase=mine[0].phase)
+            report.write(self.folder)
+            return report
+        waited = f"waited for rank {guilty[0].rank}, which hangs"
+        return Report(own[0].rank, ExitCode.REQUEUE, waited, step=own[0].step, phase=own[0].phase, waited=True)
+
+    def _keep_stacks(self, index: int) -> None:
+        text = self.boards[index].stacks()
+        if text:
+            with contextlib.suppress(OSError):
+                file = self.folder.errors / f"rank-{self.places[index].rank}.stack"
+                file.write_text(text, encoding="utf-8")
 
     def _stopped(self, code: int) -> int:
         """Tells the other supervisors that ranks were stopped where they do not agree."""
@@ -237,20 +270,7 @@ class Supervisor:
 
     def _reports_elsewhere(self) -> list[Report]:
         own = {place.rank for place in self.places}
-        found = []
-        for file in self.folder.errors.glob("rank-*.json"):
-            number = file.stem.removeprefix("rank-")
-            report = self._read(int(number)) if number.isdigit() and int(number) not in own else None
-            if report is not None:
-                found.append(report)
-        return found
-
-    def _read(self, rank: int) -> Report | None:
-        try:
-            content = json.loads((self.folder.errors / f"rank-{rank}.json").read_text(encoding="utf-8"))
-            return Report(rank, content["exit_code"], content["message"], content.get("stopped", False))
-        except (OSError, ValueError, KeyError):
-            return None
+        return [report for report in reports(self.folder) if report.rank not in own]
 
     def stop(self, number: int, frame: FrameType | None) -> None:
         """Asks all ranks to stop at a step boundary; a second Ctrl-C kills them."""
@@ -269,13 +289,15 @@ class Supervisor:
         for rank in self.ranks:
             if rank.poll() is None:
                 rank.kill()
+        deadline = time.monotonic() + KILL_S
         for rank in self.ranks:
-            rank.wait()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                rank.wait(max(0.0, deadline - time.monotonic()))
 
     def tell(self, failure: Report, debug: bool) -> None:
         """Prints a failure for the person who waits."""
         ours = failure.exit_code not in (ExitCode.BUG, ExitCode.REQUEUE)
-        head = "" if ours else f"rank {failure.rank} on {self.node_name}: "
+        head = "" if ours else f"rank {failure.rank} on {self.node_name}{failure.place}: "
         trace = self.folder.errors / f"rank-{failure.rank}.traceback"
         if debug and trace.exists():
             say(trace.read_text(encoding="utf-8"))

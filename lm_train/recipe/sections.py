@@ -141,6 +141,9 @@ class TrainerSection(Section):
     where it fits."""
     compile: bool = False
     """torch.compile on the network; with dropout it draws other numbers than without."""
+    hang_timeout_s: Annotated[float, Field(ge=1)] | None = 30.0
+    """Seconds after which a process without progress is taken to hang: it is named with its Python stack and the run ends, to
+    be started again; slow steps, saving, compiling and loading have a multiple of it. null: no watch."""
     deterministic: bool = False
     """Refuse operations without a deterministic implementation."""
     sample_tokens: Count = 120
