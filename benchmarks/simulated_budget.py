@@ -129,6 +129,7 @@ def simulate(seed: int, plan: Plan, folder: Path) -> Outcome:
         nonlocal saved
         took = save * math.exp(draw.gauss(0, save_noise))
         clock.take(took)
+        guard.began_save(spending.seconds, blocked=took)
         guard.saved(took)
         spending.note("saved", step=step_number, took=took)
         saved = step_number

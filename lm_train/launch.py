@@ -11,7 +11,7 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
-from lm_train import plugins, runs
+from lm_train import plugins, resume, runs
 from lm_train.attempt import WRONG_S, Attempt, NotJoined, join, publish
 from lm_train.budget import Account, Spending, check_currency, held_since
 from lm_train.errors import ExitCode, LMTrainError, OutputError, UsageError
@@ -20,6 +20,8 @@ from lm_train.hardware import Machine, this_machine
 from lm_train.plan import Plan, places, plan_for, plan_table
 from lm_train.recipe import Recipe
 from lm_train.runs import Owner, RunFolder
+from lm_train.saved import checkpoints_in
+from lm_train.saved.space import check_space
 from lm_train.slurm import Allocation, current_allocation
 from lm_train.supervisor import Supervisor, say, signals_forwarded, within
 
@@ -65,10 +67,13 @@ def _lead(recipe: Recipe, machine: Machine, allocation: Allocation | None, since
             print(earlier.root)
             return ExitCode.DONE
         _checkpoint(recipe, plan, earlier)  # before anything is made
+        _check_space(recipe, plan, earlier)
         folder = runs.make_folder(recipe, allocation)
         with Owner(folder, allocation):
-            checkpoint, step = _checkpoint(recipe, plan, earlier)
-            for difference in runs.recipe_differences(folder, recipe) if earlier is not None else ():
+            checkpoint, step, skipped = _checkpoint(recipe, plan, earlier)
+            for problem in skipped:
+                say(f"lm-train: warning: {problem}")
+            for difference in _differences(recipe, earlier, checkpoint):
                 say(f"{folder.root}: the recipe has changed: {difference}")
             for difference in _planned_otherwise(folder, plan):
                 say(f"{folder.root}: planned otherwise than before: {difference}")
@@ -209,14 +214,15 @@ def _how_to_go_on(recipe: Recipe, folder: RunFolder, plan: Plan, account: Accoun
     return f"{account.told(plan)} used{how}; to go on, the same command with name={series or folder.name} {enough}"
 
 
-def _checkpoint(recipe: Recipe, plan: Plan, earlier: RunFolder | None) -> tuple[Path | None, int]:
-    """The checkpoint to go on from and its step, or None and 0.
+def _checkpoint(recipe: Recipe, plan: Plan, earlier: RunFolder | None) -> tuple[Path | None, int, list[str]]:
+    """The checkpoint to go on from and its step, or None and 0; and what was found wrong with newer ones.
 
     Raises:
         LMTrainError: if the recipe cannot go on from it.
     """
-    checkpoint = runs.checkpoint_to_resume(recipe, earlier)
-    step = runs.check_resumable(checkpoint, recipe, plan) if checkpoint is not None else 0
+    (checkpoint, skipped), terms = resume.checkpoint_to_resume(recipe, earlier)
+    step = resume.check_resumable(checkpoint, recipe, plan, terms) if checkpoint is not None else 0
+    terms.tell_ranks()
     trainer = recipe.trainer
     is_estimate = trainer.max_epochs is not None or (trainer.max_steps == "auto" and trainer.max_tokens is None)
     if step > plan.max_steps and not is_estimate:
@@ -224,7 +230,30 @@ def _checkpoint(recipe: Recipe, plan: Plan, earlier: RunFolder | None) -> tuple[
             f"trainer.max_steps: {checkpoint} is at step {step} already, trainer.max_steps={plan.max_steps} lies before it; "
             f"give a larger one, or start a new run with another name="
         )
-    return checkpoint, step
+    return checkpoint, step, skipped
+
+
+def _differences(recipe: Recipe, earlier: RunFolder | None, checkpoint: Path | None) -> list[str]:
+    """What the recipe says otherwise than what the run was trained with so far."""
+    if checkpoint is not None:
+        return resume.differences(checkpoint, recipe)
+    return [] if earlier is None else runs.recipe_differences(earlier, recipe)
+
+
+def _check_space(recipe: Recipe, plan: Plan, earlier: RunFolder | None) -> None:
+    """That two checkpoints fit on the disk, the second of which is written before the first may go; one where there is no more.
+
+    Raises:
+        OutputError: saying what to free.
+    """
+    if plan.prediction is None:
+        return
+    folder = RunFolder(Path(recipe.runs_dir)).root if earlier is None else earlier.checkpoints
+    every = recipe.checkpoint.every_n_steps
+    saves = 2 if every is not None and every < plan.max_steps else 1
+    more = max(1, saves - len(checkpoints_in(folder)))
+    what = "a checkpoint" if more == 1 else "two checkpoints"
+    check_space(folder, more * plan.prediction.checkpoint_bytes, more * (plan.world_size + 4), what)
 
 
 def _tell_others(recipe: Recipe, allocation: Allocation | None, code: int) -> None:

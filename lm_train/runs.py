@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import math
 import os
 import re
 import shutil
@@ -14,10 +13,12 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lm_train.errors import CheckpointError, ExitCode, OutputError, UsageError
+from lm_train.errors import ExitCode, OutputError
 from lm_train.plan import Plan
 from lm_train.recipe import Recipe, dump, flat
 from lm_train.recipe.text import parse_yaml
+from lm_train.saved import newest_good
+from lm_train.saved.durable import write_atomically as write_atomically
 from lm_train.slurm import Allocation
 
 DEBUG_SUFFIX = "-debug"
@@ -243,15 +244,6 @@ def claim_series(recipe: Recipe, member: Callable[[str, int], str]) -> str:
         raise _cannot_write(error, folder) from None
 
 
-def write_atomically(file: Path, text: str) -> None:
-    partial = file.with_name(f".{file.name}.{os.getpid()}")
-    with partial.open("w", encoding="utf-8") as opened:
-        opened.write(text)
-        opened.flush()
-        os.fsync(opened.fileno())
-    partial.replace(file)
-
-
 def recipe_differences(folder: RunFolder, recipe: Recipe) -> list[str]:
     """What the recipe says otherwise than the one the folder was made with, a line a key."""
     texts = (folder.recipe.read_text(encoding="utf-8"), dump(recipe))
@@ -283,87 +275,12 @@ def cut_jsonl(file: Path, step: int) -> None:
 
 
 def latest_checkpoint(folder: RunFolder) -> Path | None:
-    """The run's newest checkpoint, or None if it has none yet."""
-    try:
-        name = json.loads((folder.checkpoints / "latest").read_text(encoding="utf-8"))["checkpoint"]
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, ValueError, KeyError, TypeError):
-        raise CheckpointError(f"{folder.checkpoints / 'latest'}: damaged; name a checkpoint with resume=PATH") from None
-    if Path(str(name)).name != name or not (folder.checkpoints / name).is_dir():
-        raise CheckpointError(
-            f"{folder.checkpoints / str(name)}: missing, but the newest according to {folder.checkpoints / 'latest'}; name "
-            "another checkpoint with resume=PATH"
-        )
-    return folder.checkpoints / name
-
-
-def checkpoint_to_resume(recipe: Recipe, folder: RunFolder | None) -> Path | None:
-    """Where this start goes on from, or None for step 0.
-
-    A run that has checkpoints of its own goes on from its newest, also where `resume=PATH` once gave it its start in
-    another run; only a PATH inside its own folder goes back.
-
-    Args:
-        recipe: whose `resume` counts.
-        folder: the run, if it exists.
+    """The run's newest good checkpoint, or None if it has none yet.
 
     Raises:
-        UsageError: if `resume=never` meets a folder with checkpoints.
-        CheckpointError: if the named place has none.
+        CheckpointError: if there are some, and none is good.
     """
-    own = latest_checkpoint(folder) if folder is not None else None
-    if recipe.resume in ("auto", "never"):
-        if own is not None and recipe.resume == "never":
-            raise UsageError(
-                f"resume=never: {own.parent.parent} has checkpoints (newest {own.name}); take another name=, or resume=auto"
-            )
-        return own
-    path = Path(recipe.resume).expanduser()
-    if own is not None and own.parent.resolve() not in (path.resolve(), *path.resolve().parents):
-        return own
-    found = path if (path / "manifest.json").exists() else latest_checkpoint(RunFolder(path))
-    if found is None:
-        raise CheckpointError(f"resume={path}: holds no checkpoint; expected a run's folder or its checkpoints/step-N")
-    return found
-
-
-def check_resumable(checkpoint: Path, recipe: Recipe, plan: Plan) -> int:
-    """Whether a recipe can go on from a checkpoint, as far as its JSON files tell; before anything is overwritten.
-
-    Returns:
-        The checkpoint's optimizer step.
-
-    Raises:
-        CheckpointError: saying what differs.
-    """
-    try:
-        state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
-        manifest = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))
-        step, seed, optimizer = int(state["step"]), state["seed"], manifest["optimizer"]
-        saved = sum(math.prod(t["shape"]) for t in manifest["tensors"].values() if "param" in t["keys"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"{checkpoint}: state.json or manifest.json missing or damaged ({type(error).__name__}); name another "
-            "checkpoint with resume=PATH"
-        ) from None
-    otherwise = "or start a new run with another name="
-    if seed != recipe.seed:
-        raise CheckpointError(
-            f"{checkpoint}: was trained with seed={seed}, now seed={recipe.seed}, which is another order of samples; give "
-            f"seed={seed}, {otherwise}"
-        )
-    if optimizer.lower() != recipe.optim.kind and recipe.model.kind != "custom":  # a LightningModule brings its own
-        raise CheckpointError(
-            f"{checkpoint}: holds the state of {optimizer}, the recipe asks for {recipe.optim.kind}; give "
-            f"optim.kind={optimizer.lower()}, {otherwise}"
-        )
-    if plan.n_parameters is not None and saved != plan.n_parameters:
-        raise CheckpointError(
-            f"{checkpoint}: holds a model of {saved:,} parameters, the recipe's has {plan.n_parameters:,}; give the model it "
-            f"was trained with, {otherwise}"
-        )
-    return step
+    return newest_good(folder.checkpoints).checkpoint
 
 
 def is_finished(recipe: Recipe, folder: RunFolder) -> bool:

@@ -15,7 +15,7 @@ import torch
 from lightning.pytorch.callbacks import EarlyStopping
 from torch import nn
 
-from lm_train import data, heartbeat, models, modules, runs
+from lm_train import data, heartbeat, models, modules, resume, runs
 from lm_train.budget import Spending, rank_spending
 from lm_train.callbacks import (
     BudgetGuard,
@@ -32,7 +32,7 @@ from lm_train.callbacks import (
 from lm_train.callbacks.checkpoints import MONITOR, restore_state
 from lm_train.callbacks.debugging import overfit_one_batch
 from lm_train.callbacks.metrics import forget_peak
-from lm_train.checkpoint import CheckpointReader, set_initial_weights, views_of
+from lm_train.checkpoint import CheckpointReader, group_of_all, open_agreed, set_initial_weights, views_of
 from lm_train.data import DataModule, MaskedTextDataModule, PairDataModule, TextDataModule
 from lm_train.data.order import joined
 from lm_train.ending import closing_batches, find_horizon
@@ -90,7 +90,7 @@ def _train(
     heartbeat.enter(Phase.MEET)
     meet(plan)
     heartbeat.mark(Phase.PREPARE)
-    checkpoint = CheckpointReader(resume_from) if resume_from else None
+    checkpoint = _open(resume_from, folder, rank) if resume_from else None
 
     datamodule = data.build(recipe.data, plan, recipe.seed, folder)
     datamodule.prepare(recipe.model)
@@ -132,6 +132,8 @@ def _train(
             "gpu_hours": budget.metrics().get("budget/gpu_hours"),
             "horizon": horizon.state() | {"limits": plan.limits},
             "seed": recipe.seed,
+            "recipe": resume.recipe_state(recipe),
+            "global_batch_size": plan.global_batch_size,
             "data": fingerprint,
             "skipped": datamodule.skipped,
             "module": module.saved_state(),
@@ -186,7 +188,7 @@ def _train(
             trainer.start_at(datamodule.start_step)
         if rank == 0:
             _announce(
-                recipe, plan.model_copy(update={"max_steps": horizon.max_steps}), n_parameters, datamodule, resume_from
+                recipe, plan.model_copy(update={"max_steps": horizon.max_steps}), n_parameters, datamodule, checkpoint
             )
         if checkpoint is not None and done_before:
             _finish(trainer, module, datamodule, checkpoint, folder, sample, build_whole)
@@ -231,12 +233,24 @@ class _ExactStart(L.Callback):
         set_initial_weights(views, self.weights)
 
 
+def _open(resume_from: Path, folder: RunFolder, rank: int) -> CheckpointReader:
+    """The checkpoint to go on from; where the run's newest is damaged, the one before it, and its rows are cut to that."""
+    own = resume_from.parent.resolve() == folder.checkpoints.resolve()
+    say = partial(print, "lm-train: warning:", file=sys.stderr, flush=True)
+    with heartbeat.during(Phase.WAIT):  # every file is read whole
+        checkpoint = open_agreed(resume_from, rank, group_of_all(), strict=resume.terms().strict or not own, say=say)
+    if rank == 0 and checkpoint.folder != resume_from:
+        runs.cut_jsonl(folder.metrics, checkpoint.state["step"])
+    return checkpoint
+
+
 def _check_data(checkpoint: CheckpointReader, fingerprint: str) -> None:
     """That a run goes on with its own data, before anything of others is written into its folder."""
-    if checkpoint.state["data"] != fingerprint:
+    if checkpoint.state["data"] != fingerprint and not resume.terms().allows("data"):
         raise CheckpointError(
             f"{checkpoint.folder}: was trained on other data or another tokenizer (fingerprint {checkpoint.state['data'][:8]}, "
-            f"now {fingerprint[:8]}); give the data it was trained on, or start a new run with another name="
+            f"now {fingerprint[:8]}); give the data it was trained on, allow_change=[data] to go on with these, or start a new "
+            "run with another name="
         )
 
 
@@ -307,14 +321,16 @@ def _sample(recipe: Recipe, datamodule: DataModule, net: nn.Module) -> Sample | 
     return None
 
 
-def _announce(recipe: Recipe, plan: Plan, n_parameters: int, datamodule: DataModule, resume_from: Path | None) -> None:
+def _announce(
+    recipe: Recipe, plan: Plan, n_parameters: int, datamodule: DataModule, checkpoint: CheckpointReader | None
+) -> None:
     print(
         f"{recipe.recipe}: {n_parameters:,} parameters, {datamodule.label} ({datamodule.size_in_words()}), {plan.strategy} on "
         f"{plan.world_size} {plan.accelerator}, {plan.precision}, {plan.steps_in_words()}",
         file=sys.stderr,
     )
-    if resume_from is not None:
-        print(f"resuming from {resume_from}", file=sys.stderr, flush=True)
+    if checkpoint is not None:
+        print(f"resuming from {checkpoint.folder}", file=sys.stderr, flush=True)
 
 
 def _check_overfit(recipe: Recipe, plan: Plan, datamodule: DataModule, trainer: StepTrainer) -> None:

@@ -147,6 +147,7 @@ def test_a_save_is_not_part_of_a_step_and_its_measured_time_counts() -> None:
     guard = Guard(100.0, shutdown=0.0)
     guard.start("train", 0.0)
     guard.passed("train", 1.0)
+    guard.began_save(6.0, blocked=5.0)
     guard.saved(5.0)
     guard.passed("train", 7.0)
     assert guard.step_seconds() == pytest.approx(1.0)
@@ -170,8 +171,22 @@ def test_a_start_that_has_not_saved_does_so_half_way() -> None:
     guard.passed("train", 1.0)
     assert not guard.wants_save(49.0)
     assert guard.wants_save(51.0)
-    guard.saved(1.0)
+    guard.began_save(51.0, blocked=0.1)
     assert not guard.wants_save(52.0)
+
+
+def test_a_save_under_way_must_end_before_the_final_one() -> None:
+    guard = Guard(100.0, shutdown=0.0, saves=[10.0] * 4)
+    guard.start("train", 0.0)
+    guard.passed("train", 1.0)
+    assert not guard.wish(86.0, "train", alone=True).stop
+    guard.began_save(86.0, blocked=0.5)
+    assert guard.wish(86.0, "train", alone=True).stop, "ten seconds for it and ten for the last one"
+    assert guard.still_writing(96.0) < 2
+    guard.saved(10.0)
+    assert guard.still_writing(87.0) == 0
+    assert not guard.wish(87.0, "train", alone=True).stop
+    assert guard.mean_blocked_seconds == 0.5, "what a save on the way takes of the training"
 
 
 def test_ranks_ask_and_act_at_the_same_boundaries() -> None:

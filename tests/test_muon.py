@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lm_train import checkpoint, runs
+from lm_train import checkpoint, resume, runs
 from lm_train.checkpoint import CheckpointReader, views_of
 from lm_train.models import GPT, Decoder, Llama
 from lm_train.optim import Muon, build_optimizer, hidden_matrices
@@ -164,7 +164,7 @@ def test_a_run_learns_at_least_as_well_as_with_adamw_and_resumes(new_run: Callab
     assert found["muon"][50] < found["adamw"][50]
 
     recipe = load([f"recipe={folder.recipe}"])
-    assert runs.check_resumable(folder.checkpoints / "step-40", recipe, runs.Plan.read(folder.plan)) == 40
+    assert resume.check_resumable(folder.checkpoints / "step-40", recipe, runs.Plan.read(folder.plan)) == 40
     again = new_run(words.format("muon", 1e-2), "checkpoint.every_n_steps=40", name="again")
     assert train(again, resume_from=folder.checkpoints / "step-40") == 0
     assert {step: loss for step, loss in found["muon"].items() if step > 40} == losses(again)

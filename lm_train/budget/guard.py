@@ -2,11 +2,12 @@
 
 Time is the seconds for which the start has held its devices. At a step boundary the run may go on by n boundaries where
 
-    now + n m + max(w - m, 3 s sqrt(n)) + saves x c + d <= end
+    now + n m + max(w - m, 3 s sqrt(n)) + u + saves x c + d <= end
 
-with m, s mean and standard deviation of the latest gaps between boundaries, w the worst gap, c an upper estimate of a save,
-d of the way out. A gap is what lies between two boundaries without the saves; gaps between steps, between batches of a
-validation, and from the one to the other, are kept apart.
+with m, s mean and standard deviation of the latest gaps between boundaries, w the worst gap, c an upper estimate of a save
+until it is published, u what is left of one under way, d of the way out. A gap is what lies between two boundaries without
+that for which saves hold up the training; gaps between steps, between batches of a validation, and from the one to the
+other, are kept apart.
 """
 
 from __future__ import annotations
@@ -132,7 +133,10 @@ class Guard:
     ) -> None:
         self.end, self.shutdown, self.predicted_save = end, shutdown, predicted_save
         self.saves = deque(saves, maxlen=20)
+        self.blocked: deque[float] = deque(maxlen=20)
+        """Seconds for which the training stood still for each of the latest saves."""
         self.has_saved = False
+        self._writing_since: float | None = None
         self._gaps: dict[tuple[Kind, Kind], _Gaps] = {}
         self._last: tuple[Kind, float] | None = None
         self._excluded = 0.0
@@ -148,11 +152,26 @@ class Guard:
             self._gaps.setdefault((before, kind), _Gaps()).add(max(0.0, now - since - self._excluded))
         self.start(kind, now)
 
-    def saved(self, seconds: float) -> None:
-        """A save that lay between two boundaries."""
-        self.saves.append(seconds)
+    def began_save(self, now: float, blocked: float) -> None:
+        """A save between two boundaries, for which the training stood still; it is written from now on.
+
+        Args:
+            now: seconds of this start.
+            blocked: for which the training stood still.
+        """
         self.has_saved = True
-        self._excluded += seconds
+        self._excluded += blocked
+        self.blocked.append(blocked)
+        self._writing_since = now - blocked
+
+    def saved(self, seconds: float) -> None:
+        """The save under way is published, so long after it began."""
+        self.saves.append(seconds)
+        self._writing_since = None
+
+    def still_writing(self, now: float) -> float:
+        """Seconds at the most until the save under way is published."""
+        return 0.0 if self._writing_since is None else max(0.0, self.save_seconds - (now - self._writing_since))
 
     @property
     def save_seconds(self) -> float:
@@ -176,7 +195,10 @@ class Guard:
         return gaps.slow_mean if gaps else None
 
     @property
-    def mean_save_seconds(self) -> float:
+    def mean_blocked_seconds(self) -> float:
+        """Of the training, by a save on the way."""
+        if self.blocked:
+            return statistics.fmean(self.blocked)
         return statistics.fmean(self.saves) if self.saves else self.predicted_save or 0.0
 
     def boundaries_left(self, now: float, following: Kind = "train", saves: int = 1) -> int:
@@ -190,7 +212,8 @@ class Guard:
         if math.isinf(self.end):
             return SURELY
         mean, deviation, worst = self._gap(following)
-        room = self.end - now - saves * self.save_seconds - self.shutdown
+        # what is under way must end as well, before the next save or the way out
+        room = self.end - now - self.still_writing(now) - saves * self.save_seconds - self.shutdown
         if room <= 0:
             return 0
         if mean <= 0:

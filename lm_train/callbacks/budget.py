@@ -102,12 +102,15 @@ class BudgetGuard(L.Callback):
         if self.spending is not None:
             self.guard.start("test", self.spending.seconds)
 
-    def saved(self, step: int, seconds: float) -> None:
-        """A checkpoint was written."""
-        self._saved_step = step
-        if self.spending is not None:
+    def saved(self, step: int, blocked: float, seconds: float | None) -> None:
+        """A checkpoint was begun, for which the training stood still; or published, so long after it was begun."""
+        if seconds is None:
+            self._saved_step = step
+            if self.spending is not None:
+                self.guard.began_save(self.spending.seconds, blocked)
+        elif self.spending is not None:
             self.guard.saved(seconds)
-            self.spending.note("saved", step=step, took=round(seconds, 4))
+            self.spending.note("saved", step=step, took=round(seconds, 4), blocked=round(blocked, 4))
 
     def wish(self, trainer: StepTrainer, kind: Kind, batches_left: float) -> Wish:
         """What is to be done at this boundary; on ranks other than 0 nothing.
@@ -242,7 +245,7 @@ class BudgetGuard(L.Callback):
     def _beside_a_step(self) -> float:
         """Seconds a step for the saves and validations on the way."""
         every, interval = self.recipe.checkpoint.every_n_steps, self.recipe.trainer.val_check_interval
-        saving = 0.0 if every is None else self.guard.mean_save_seconds / every
+        saving = 0.0 if every is None else self.guard.mean_blocked_seconds / every
         return saving + (0.0 if interval is None else (self._validation_seconds or 0.0) / interval)
 
     def closing_seconds(self, step_seconds: float) -> float:

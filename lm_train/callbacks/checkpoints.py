@@ -1,9 +1,9 @@
-"""When to save, what to keep: the newest, the best, and every n-th on the way."""
+"""When to save, what to keep: the newest, the best, and every n-th for ever. Written while the training goes on."""
 
 from __future__ import annotations
 
-import json
-import shutil
+import math
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,28 +16,40 @@ from lightning.pytorch.callbacks import EarlyStopping
 from lm_train import checkpoint, heartbeat
 from lm_train.callbacks.ledger import Ledger
 from lm_train.callbacks.metrics import Metrics
-from lm_train.errors import StopRequested
+from lm_train.checkpoint import HostMemory, Published, Snapshot, Writer
+from lm_train.clusters.machine import available_host_memory
+from lm_train.errors import CheckpointError, StopRequested, UsageError
 from lm_train.heartbeat import Phase
 from lm_train.loop import StepTrainer
 from lm_train.modules import TrainingModule
 from lm_train.recipe import CheckpointSection
-from lm_train.runs import RunFolder, write_atomically
+from lm_train.runs import RunFolder
+from lm_train.saved import BEST, point, pointed
+from lm_train.saved.publish import Keeping, remove_old
 from lm_train.strategy import take_buffers_of_first_rank
 
 MONITOR = "val/loss"
-"""The metric of which the lowest value is best."""
+"""What early stopping looks at."""
+ENOUGH_MEMORY = 2.0
+"""A copy is made where so many times its bytes are free on the host, over all ranks of the node."""
+LAST_WORDS_S = 4.0
+"""How long a training that has failed waits for a write under way; the supervisor ends the others a second later."""
 
 
 class Checkpoints(L.Callback):
     """Saves every n steps, at every new best validation, and at the end however it came.
 
+    A save takes a copy of the training in host memory, which a thread writes while the training goes on; the next save, and
+    the end, wait for it. Where memory is short the training waits for the whole save.
+
     Args:
-        section: how often, and how many are kept.
+        section: how often, and what is kept.
         folder: the run's.
         ledger: which has all steps of a checkpoint on disk before it is published.
         metrics: whose clock does not count the saving.
         state: values for state.json beyond the counters.
-        saved: told the step and the seconds of each save.
+        saved: told the step of each save, the seconds for which the training stood still for it, and those until it was
+            published, or None for these as long as it is under way.
     """
 
     def __init__(
@@ -47,93 +59,132 @@ class Checkpoints(L.Callback):
         ledger: Ledger,
         metrics: Metrics,
         state: Callable[[], dict[str, Any]],
-        saved: Callable[[int, float], None],
+        saved: Callable[[int, float, float | None], None],
     ) -> None:
         self.section, self.folder, self.ledger, self.metrics = section, folder, ledger, metrics
         self.state, self.saved = state, saved
+        self.writer, self.memory = Writer(), HostMemory()
         self._saved_step: int | None = None
-        self._best = float("inf")
+        self._blocked = 0.0
+        self._best = math.inf
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._saved_step = trainer.global_step or None
-        best = _read(self.folder.checkpoints / "best")
-        if best and best["step"] <= trainer.global_step:
-            self._best = best[MONITOR]
+        try:
+            best = pointed(self.folder.checkpoints, BEST)
+        except CheckpointError:
+            best = None  # damaged: the next validation is the best again
+        same = best is not None and (best.get("monitor"), best.get("mode")) == (self.section.monitor, self.section.mode)
+        if best is not None and same and best["step"] <= trainer.global_step:
+            self._best = self._signed(float(best["value"]))
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.group = checkpoint.group_of_all()
 
     def on_train_batch_end(self, trainer: StepTrainer, pl_module: TrainingModule, *args: Any) -> None:
+        if not trainer.step_is_complete:
+            return
+        self._take(self.writer.ready())
         # a checkpoint knows of the validation at its step, or a run resumed from it would lose that validation; the last
         # step is saved first, since `train` makes up for a last validation that is missing
         last = trainer.global_step == trainer.max_steps
-        if trainer.step_is_complete and (last or (self._is_due(trainer) and not trainer.validation_is_due)):
+        if last or (self._is_due(trainer) and not trainer.validation_is_due):
             self._save(trainer, pl_module)
 
     def _is_due(self, trainer: StepTrainer) -> bool:
-        every = self.section.every_n_steps
-        by_number = every is not None and trainer.global_step % every == 0 and not trainer.only_final_save
+        steps = (self.section.every_n_steps, self.section.keep_every_n_steps)
+        by_number = any(n is not None and trainer.global_step % n == 0 for n in steps) and not trainer.only_final_save
         return trainer.save_is_due or by_number
 
     def on_validation_end(self, trainer: StepTrainer, pl_module: TrainingModule) -> None:
         if trainer.stop_code is not None:  # cut off; the end of the training saves
             return
-        value = trainer.callback_metrics.get(MONITOR)
-        if value is not None and float(value) < self._best:
-            self._best = float(value)
-            self._save(trainer, pl_module)
-            if trainer.is_global_zero:
-                content = {
-                    "checkpoint": f"step-{trainer.global_step}",
-                    "step": trainer.global_step,
-                    MONITOR: self._best,
-                }
-                write_atomically(self.folder.checkpoints / "best", json.dumps(content) + "\n")
-                self._remove_old()
-        elif self._is_due(trainer):
+        value = self._monitored(trainer)
+        if value is not None and self._signed(value) < self._best:
+            self._best = self._signed(value)
+            best = {"monitor": self.section.monitor, "mode": self.section.mode, "value": value}
+            if trainer.global_step != self._saved_step:
+                self._save(trainer, pl_module, best)
+            else:
+                self._take(self.writer.finish())
+                if trainer.is_global_zero:
+                    self._keep(self.folder.checkpoints / f"step-{trainer.global_step}", best)
+        elif trainer.state.fn == "fit" and self._is_due(trainer):
             self._save(trainer, pl_module)
 
     def on_train_end(self, trainer: StepTrainer, pl_module: TrainingModule) -> None:
         self._save(trainer, pl_module)
+        with heartbeat.during(Phase.SAVE):
+            self._take(self.writer.finish())
 
     def on_exception(self, trainer: StepTrainer, pl_module: TrainingModule, exception: BaseException) -> None:
         # a stop that came while the loop waited for data: parameters stand as the last step left them; several ranks
         # cannot save here, since each may be at another place
         if isinstance(exception, StopRequested) and trainer.world_size == 1 and trainer.global_step > 0:
             self._save(trainer, pl_module)
+            self._take(self.writer.finish())
+        elif self.writer.is_busy:
+            self._take(self.writer.finish(LAST_WORDS_S))
 
-    def _save(self, trainer: StepTrainer, module: TrainingModule) -> None:
+    def _monitored(self, trainer: StepTrainer) -> float | None:
+        metrics = {name: value for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+        if not metrics:
+            return None
+        if self.section.monitor not in metrics:
+            raise UsageError(
+                f"checkpoint.monitor={self.section.monitor}: a validation of this run gives {', '.join(sorted(metrics))}"
+            )
+        return float(metrics[self.section.monitor])
+
+    def _signed(self, value: float) -> float:
+        """The lower the better; what is not a number is never best."""
+        return value if self.section.mode == "min" else -value
+
+    def _save(self, trainer: StepTrainer, module: TrainingModule, best: dict[str, Any] | None = None) -> None:
         if trainer.global_step != self._saved_step:
             with heartbeat.during(Phase.SAVE):
-                self._write(trainer, module)
+                self._write(trainer, module, best)
 
-    def _write(self, trainer: StepTrainer, module: TrainingModule) -> None:
+    def _write(self, trainer: StepTrainer, module: TrainingModule, best: dict[str, Any] | None) -> None:
         step = trainer.global_step
         began = time.monotonic()
         self.metrics.pause()  # waits for the device
         self.ledger.write(trainer, module, durable=True)
+        self._take(self.writer.finish())
         target = self.folder.checkpoints / f"step-{step}"
         state = {"step": step, **_state_of(trainer), **self.state()}
         take_buffers_of_first_rank(module.net)
         views = checkpoint.views_of(module.net, trainer.optimizers[0], trainer.global_rank, trainer.world_size)
-        checkpoint.save(target, views, state)
-        if trainer.is_global_zero:
-            write_atomically(
-                self.folder.checkpoints / "latest", json.dumps({"checkpoint": target.name, "step": step}) + "\n"
-            )
-            self._remove_old()
+        memory = self.memory if self._is_asynchronous(views) else None
+        snapshot = Snapshot(views, state, memory)
+        self.writer.begin(
+            lambda: checkpoint.write(snapshot, target, self.group, lambda folder: self._keep(folder, best))
+        )
         self._saved_step = step
         trainer.save_is_due = False
+        published = None if memory is not None else self.writer.finish()
+        self._blocked = time.monotonic() - began
         self.metrics.go_on()
-        self.saved(step, time.monotonic() - began)
+        self.saved(step, self._blocked, None)
+        self._take(published)
 
-    def _remove_old(self) -> None:
-        """Keeps the newest `keep_last` and the best; also clears what a killed save has left."""
-        pointers = (_read(self.folder.checkpoints / name) or {} for name in ("best", "latest"))
-        wanted = {pointer.get("checkpoint") for pointer in pointers}
-        saved = sorted(self.folder.checkpoints.glob("step-*"), key=lambda p: int(p.name.removeprefix("step-")))
-        for old in saved[: -self.section.keep_last]:
-            if old.name not in wanted:
-                shutil.rmtree(old)
-        for torn in self.folder.checkpoints.glob(".step-*.partial"):
-            shutil.rmtree(torn, ignore_errors=True)
+    def _take(self, written: tuple[Published, float] | None) -> None:
+        if written is not None:
+            published, seconds = written
+            self.saved(int(published.folder.name.removeprefix("step-")), self._blocked, seconds)
+
+    def _is_asynchronous(self, views: checkpoint.Views) -> bool:
+        if self.section.asynchronous != "auto":
+            return self.section.asynchronous
+        n_bytes = sum(view.flat.numel() * view.flat.element_size() for view in views.to_save())
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        return self.memory.n_bytes >= n_bytes or available_host_memory() > ENOUGH_MEMORY * n_bytes * ranks
+
+    def _keep(self, newest: Path, best: dict[str, Any] | None) -> None:
+        """On rank 0: what `newest` is besides, and what goes for it."""
+        if best is not None:
+            point(self.folder.checkpoints, BEST, newest, **best)
+        remove_old(newest, Keeping(self.section.keep_last, self.section.keep_every_n_steps))
 
 
 def _state_of(trainer: L.Trainer) -> dict[str, Any]:
@@ -154,10 +205,3 @@ def restore_state(trainer: L.Trainer, state: dict[str, Any]) -> None:
         if isinstance(callback, EarlyStopping) and "early_stopping" in state:
             callback.wait_count = state["early_stopping"]["wait_count"]
             callback.best_score = torch.tensor(state["early_stopping"]["best_score"])
-
-
-def _read(file: Path) -> dict[str, Any] | None:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None

@@ -116,8 +116,33 @@ def host_memory(proc: Path = Path("/proc"), cgroups: Path = _CGROUPS) -> int:
     return min([*found, *_limits(proc, cgroups)], default=0)
 
 
+def available_host_memory(proc: Path = Path("/proc"), cgroups: Path = _CGROUPS) -> int:
+    """Bytes that are free, or would be without the cache of files, within the limits of the control groups; 0: unknown."""
+    try:
+        match = re.search(r"^MemAvailable:\s+(\d+) kB", (proc / "meminfo").read_text(encoding="ascii"), re.MULTILINE)
+    except (OSError, ValueError):
+        match = None
+    found = [int(match[1]) << 10] if match else []
+    for limit, group in _limited(proc, cgroups):
+        for usage in ("memory.current", "memory.usage_in_bytes"):
+            try:
+                used = int((group / usage).read_text(encoding="ascii"))
+                cached = re.search(
+                    r"^(?:total_)?inactive_file (\d+)", (group / "memory.stat").read_text(), re.MULTILINE
+                )
+            except (OSError, ValueError):
+                continue
+            found.append(max(0, limit - used + (int(cached[1]) if cached else 0)))
+    return min(found, default=0)
+
+
 def _limits(proc: Path, cgroups: Path) -> list[int]:
-    """Memory limits of the groups around this process; inside a container their upper part may be out of sight."""
+    """Memory limits of the groups around this process."""
+    return [limit for limit, _ in _limited(proc, cgroups)]
+
+
+def _limited(proc: Path, cgroups: Path) -> list[tuple[int, Path]]:
+    """The groups around this process that limit its memory; inside a container their upper part may be out of sight."""
     try:
         lines = (proc / "self" / "cgroup").read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError):
@@ -138,7 +163,7 @@ def _limits(proc: Path, cgroups: Path) -> list[int]:
             except (OSError, ValueError):
                 text = ""
             if text.isdigit() and int(text) < _UNLIMITED:
-                limits.append(int(text))
+                limits.append((int(text), folder))
             if folder == root:
                 break
     return limits

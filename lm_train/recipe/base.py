@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import keyword
 import math
+import re
 import sys
 from typing import Annotated, Any, Literal
 
@@ -71,6 +72,21 @@ def _packages(value: Any) -> Any:
 
 
 Packages = Annotated[tuple[str, ...], BeforeValidator(_packages)]
+
+
+def _changes(value: Any) -> Any:
+    names = [value] if isinstance(value, str) else value
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"expected sections or keys, such as [data] or [model.dropout]; got {value!r}"[:300])
+    for name in names:
+        if not re.fullmatch(r"seed|(data|model)(\.[a-z][a-z0-9_]*)*", name):
+            raise ValueError(
+                f"expected seed, data, model, or keys of data and model, such as model.dropout; got {name!r}"[:300]
+            )
+    return tuple(names)
+
+
+Changes = Annotated[tuple[str, ...], BeforeValidator(_changes)]
 
 
 def _plain(value: Any) -> Any:

@@ -34,7 +34,7 @@ PLUGINS_VARIABLE = "LM_TRAIN_PLUGINS"
 """Environment variable with the packages whose code may run, separated by commas: as `plugins=` on the command line."""
 PLACEHOLDER = "missing:missing"
 """Stands for a needed key that is faulty or absent while the rest is checked; every kind of text takes it."""
-RUN_WORDS = ("resume", "dry_run", "plan", "plugins")
+RUN_WORDS = ("resume", "dry_run", "plan", "plugins", "allow_change")
 """Words about one start of a run; they are not part of what the run is."""
 
 

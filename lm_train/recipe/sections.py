@@ -10,7 +10,17 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from lm_train.recipe.base import Count, NonNegativeFloat, Packages, PositiveInt, PositiveIntOrAuto, Section, Text
+from lm_train.recipe.base import (
+    Auto,
+    Changes,
+    Count,
+    NonNegativeFloat,
+    Packages,
+    PositiveInt,
+    PositiveIntOrAuto,
+    Section,
+    Text,
+)
 from lm_train.recipe.data_sections import AnyData, EmbeddedData
 from lm_train.recipe.model_sections import GPT, AnyModel
 
@@ -153,8 +163,16 @@ class TrainerSection(Section):
 class CheckpointSection(Section):
     every_n_steps: PositiveInt | None = 500
     """Optimizer steps between two saves; null: only at the end."""
-    keep_last: PositiveInt = 1
-    """Checkpoints kept beside the best one."""
+    keep_last: PositiveInt = 2
+    """The newest checkpoints that are kept; with one there is none to fall back to where it is damaged."""
+    keep_every_n_steps: PositiveInt | None = None
+    """Checkpoints whose step is a multiple are kept for ever; null: none."""
+    monitor: Annotated[Text, Field(pattern=r"^(val|train)/[A-Za-z0-9_@.-]+$")] = "val/loss"
+    """Metric of a validation by which the best checkpoint is kept beside the newest."""
+    mode: Literal["min", "max"] = "min"
+    """Whether the lowest or the highest value of `monitor` is best."""
+    asynchronous: bool | Auto = "auto"
+    """Write while the training goes on, from a copy in host memory; `auto`: where there is memory for the copy."""
 
 
 class TrackingSection(Section):
@@ -228,6 +246,9 @@ class Recipe(Section):
     runs_dir: Text = "runs"
     resume: Text = "auto"
     """auto: go on from the run's newest checkpoint; never: refuse a folder that has one; else a run or checkpoint."""
+    allow_change: Changes = ()
+    """What may be other than in the checkpoint that the run goes on from, although it makes another run of it: `seed`, `data`,
+    `model`, or keys of these, such as data.global_batch_size."""
     debug: bool = False
     """One process, 20 steps, checks and profile; see README."""
     dry_run: bool = False

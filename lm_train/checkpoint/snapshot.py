@@ -1,0 +1,104 @@
+"""What one rank writes of a training, as it stands at a step boundary."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lm_train.checkpoint.randomness import random_state
+from lm_train.checkpoint.views import View, Views
+from lm_train.saved.tensors import header_bytes
+
+CHUNK = 8 << 20
+"""Bytes that are hashed and written at a time."""
+
+
+class HostMemory:
+    """Where the copies of a training lie while they are written; kept from save to save, and page-locked for a GPU."""
+
+    def __init__(self) -> None:
+        self._memory: Tensor | None = None
+
+    @property
+    def n_bytes(self) -> int:
+        """That are held."""
+        return 0 if self._memory is None else self._memory.numel()
+
+    def of(self, n_bytes: int, pinned: bool) -> Tensor:
+        """So many bytes, (n_bytes,); what was there before is gone."""
+        if self._memory is None or self._memory.numel() < n_bytes:
+            self._memory = None  # before the next: never two at a time
+            self._memory = torch.empty(n_bytes, dtype=torch.uint8, pin_memory=pinned)
+        return self._memory[:n_bytes]
+
+
+class Snapshot:
+    """This rank's shard, and what its manifest will say of it.
+
+    Args:
+        views: of the network and the optimizer.
+        state: JSON values of the whole run; must hold `step`.
+        memory: for a copy of the tensors, so that the training may go on; None: they must stay as they are until all is
+            written.
+    """
+
+    def __init__(self, views: Views, state: dict[str, Any], memory: HostMemory | None = None) -> None:
+        self.rank, self.world = views.rank, views.world
+        self.state = json.dumps(state, indent=1)
+        self.optimizer = type(views.optimizer).__name__
+        self.optimizer_step = views.optimizer_step()
+        every = list(views.to_save())
+        self.held = _held(every)
+        # the widest first: each tensor then begins at a multiple of its elements' width, without a gap
+        own = sorted((view for view in every if view.flat.numel()), key=lambda view: -view.flat.element_size())
+        self.header = header_bytes(
+            ((f"{v.name}|{v.key}|{v.start}", type_name(v.flat), (v.flat.numel(),)) for v in own),
+            {"rng": json.dumps(random_state())},
+        )
+        flats = [view.flat.detach() for view in own]
+        self.n_bytes = len(self.header) + sum(map(_bytes_of, flats))
+        self._parts = flats if memory is None else [_copied(flats, memory)]
+
+    def chunks(self) -> Iterator[memoryview]:
+        """The file's bytes."""
+        yield memoryview(self.header)
+        for part in self._parts:
+            raw = memoryview(part.cpu().view(torch.uint8).numpy().data) if part.numel() else memoryview(b"")
+            for begin in range(0, len(raw), CHUNK):
+                yield raw[begin : begin + CHUNK]
+
+
+def _copied(flats: list[Tensor], memory: HostMemory) -> Tensor:
+    """All of them one behind the other, (bytes,), as they are now."""
+    on_gpu = any(flat.is_cuda for flat in flats)
+    target = memory.of(sum(map(_bytes_of, flats)), pinned=on_gpu)
+    begin = 0
+    for flat in flats:
+        end = begin + _bytes_of(flat)
+        target[begin:end].view(flat.dtype).copy_(flat, non_blocking=True)
+        begin = end
+    if on_gpu:
+        torch.cuda.current_stream().synchronize()
+    return target
+
+
+def _bytes_of(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def type_name(tensor: Tensor) -> str:
+    """`float32`, as manifests have it."""
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _held(views: list[View]) -> dict[str, Any]:
+    """Shape, and type by key, of each tensor that this rank holds a part of."""
+    tensors: dict[str, Any] = {}
+    for view in views:
+        entry = tensors.setdefault(view.name, {"shape": list(view.shape), "keys": {}})
+        entry["keys"][view.key] = type_name(view.flat)
+    return tensors
