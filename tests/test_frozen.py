@@ -44,7 +44,7 @@ def words_of(strategy: str) -> tuple[str, ...]:
 
 def saved(checkpoint: Path) -> dict[str, torch.Tensor]:
     reader = CheckpointReader(checkpoint)
-    shapes = {name: entry["shape"] for name, entry in reader.manifest["tensors"].items()}
+    shapes = {name: stored.shape for name, stored in reader.manifest.tensors.items()}
     return {
         name: reader.read(name, "param", 0, torch.Size(shape).numel()).view(shape) for name, shape in shapes.items()
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import time
@@ -18,7 +19,7 @@ from lm_train.callbacks.ledger import Ledger
 from lm_train.callbacks.metrics import Metrics
 from lm_train.checkpoint import HostMemory, Published, Snapshot, Writer
 from lm_train.clusters.machine import available_host_memory
-from lm_train.errors import CheckpointError, StopRequested, UsageError
+from lm_train.errors import CheckpointError, OutputError, StopRequested, UsageError
 from lm_train.heartbeat import Phase
 from lm_train.loop import StepTrainer
 from lm_train.modules import TrainingModule
@@ -123,8 +124,9 @@ class Checkpoints(L.Callback):
         if isinstance(exception, StopRequested) and trainer.world_size == 1 and trainer.global_step > 0:
             self._save(trainer, pl_module)
             self._take(self.writer.finish())
-        elif self.writer.is_busy:
-            self._take(self.writer.finish(LAST_WORDS_S))
+        else:
+            with contextlib.suppress(OutputError):  # what ended the training counts
+                self._take(self.writer.finish(LAST_WORDS_S))
 
     def _monitored(self, trainer: StepTrainer) -> float | None:
         metrics = {name: value for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
