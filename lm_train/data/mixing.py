@@ -33,7 +33,7 @@ class Part:
     chunks_a_window: int = 1
 
 
-def blocks_of(tokens: int, block_size: int) -> int:
+def train_blocks(tokens: int, block_size: int) -> int:
     """Blocks of an epoch; one block is left over so that later epochs may start anywhere inside the first."""
     return max(0, (tokens - block_size) // block_size)
 
@@ -138,7 +138,7 @@ class BlockOrder:
 
     def __init__(self, seed: int, block_size: int, parts: Sequence[Part]) -> None:
         self.seed, self.block_size, self.parts = seed, block_size, tuple(parts)
-        self.blocks = [blocks_of(part.tokens, block_size) for part in parts]
+        self.blocks = [train_blocks(part.tokens, block_size) for part in parts]
         assert all(self.blocks)
         self.size = sum(self.blocks)
         self.mixture = Mixture([part.weight for part in parts])
