@@ -25,9 +25,9 @@ def build(section: AnyData, plan: Plan, seed: int, folder: RunFolder) -> DataMod
         folder: the run's, where what the model needs for later use is left (tokenizer, names of classes).
     """
     match section.kind:
-        case "embedded" | "text" if plan.task == "masked_lm":
+        case "embedded" | "text" | "shards" if plan.task == "masked_lm":
             return MaskedTextDataModule(section, plan, seed, folder)
-        case "embedded" | "text":
+        case "embedded" | "text" | "shards":
             return TextDataModule(section, plan, seed, folder)
         case "images":
             return ImageDataModule(section, plan, seed, folder)

@@ -23,6 +23,7 @@ from tokenizers import Tokenizer
 
 from lm_train import signals
 from lm_train.data.cache import cache_folder, locked, locked_if_free, write_text, writing
+from lm_train.data.mixing import Part
 from lm_train.data.readers import Piece
 from lm_train.data.source import Source, Split, open_source
 from lm_train.data.tokenizer import (
@@ -91,6 +92,12 @@ class TokenFile:
             return self.file.stat().st_size // self.dtype.itemsize
         except FileNotFoundError:
             return 0
+
+    def parts(self) -> list[Part]:
+        """The complete split as one source of a mixture."""
+        info = self.info()
+        assert info is not None
+        return [Part(info.tokens)]
 
     def rows(self, starts: npt.NDArray[np.int64], length: int) -> npt.NDArray[np.int64]:
         """`length` tokens from each start: (len(starts), length)."""

@@ -63,5 +63,5 @@ class DocumentStarts:
         if number not in self._starts:
             folder, shard = self.shards[number]
             index = parse_index(folder.read(shard.index_name), shard, f"{folder.label}/{shard.index_name}")
-            self._starts[number] = np.unique(index[:-1]) + self.firsts[number]
+            self._starts[number] = np.unique(index[:-1][index[:-1] < shard.tokens]) + self.firsts[number]
         return self._starts[number]

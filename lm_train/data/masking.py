@@ -5,14 +5,14 @@ from __future__ import annotations
 from functools import cached_property
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from tokenizers import Tokenizer
 from torch.utils.data import Dataset
 
 from lm_train.data.batches import IGNORED, Batch, Integers, Split, StepBatches
-from lm_train.data.corpus import TokenFile
 from lm_train.data.order import key_of, mix64
-from lm_train.data.text import STREAM_WINDOW, EvalBatches, TextDataModule, TrainBatches
+from lm_train.data.text import STREAM_WINDOW, EvalBatches, TextDataModule, Tokens, TrainBatches
 from lm_train.data.tokenizer import vocabulary_size
 from lm_train.errors import DataError
 from lm_train.plan import DataFacts, Plan
@@ -68,13 +68,13 @@ class MaskedTrainBatches(TrainBatches):
     """Blocks of T tokens of which k are to be guessed: other ones in each epoch, the same at any number of ranks."""
 
     def __init__(
-        self, masking: Masking, tokens: TokenFile, plan: Plan, rank: int, seed: int, start_step: int, streaming: bool
+        self, masking: Masking, tokens: Tokens, plan: Plan, rank: int, seed: int, start_step: int, streaming: bool
     ) -> None:
         super().__init__(tokens, plan, rank, seed, start_step, streaming)
         self.masking = masking
 
-    def _batch(self, rows: Integers, epochs: Integers, samples: Integers) -> Batch:
-        blocks = rows[:, : self.block_size]
+    def _batch(self, rows: npt.NDArray[np.integer], epochs: Integers, samples: Integers) -> Batch:
+        blocks = rows[:, : self.block_size].astype(np.int64)
         hidden = [
             self.masking.hide(block, key_of(self.seed, int(epoch), int(sample), self.block_size))
             for block, epoch, sample in zip(blocks, epochs, samples, strict=True)
@@ -90,7 +90,7 @@ class MaskedEvalBatches(EvalBatches):
     The last block is short and the last batches may lack rows; what is missing carries ignored targets.
     """
 
-    def __init__(self, masking: Masking, tokens: TokenFile, plan: Plan, rank: int) -> None:
+    def __init__(self, masking: Masking, tokens: Tokens, plan: Plan, rank: int) -> None:
         super().__init__(tokens, plan, rank)
         self.masking = masking
         self.n_tokens = tokens.available()
@@ -108,8 +108,10 @@ class MaskedEvalBatches(EvalBatches):
         for i in range(max(0, min(size, self.n_blocks - first))):
             start = (first + i) * self.block_size
             length = min(self.block_size, self.n_tokens - start)
-            (block,) = self.tokens.rows(np.array([start]), length)
-            seen, chosen, kept = self.masking.hide(block, key_of(_EVALUATION, first + i, self.block_size))
+            row = self._row(start, length)
+            if row is None:
+                continue
+            seen, chosen, kept = self.masking.hide(row.numpy(), key_of(_EVALUATION, first + i, self.block_size))
             tokens[i, :length], lengths[i] = torch.from_numpy(seen), length
             positions[i, : len(chosen)], targets[i, : len(chosen)] = torch.from_numpy(chosen), torch.from_numpy(kept)
         return {"tokens": tokens, "lengths": lengths, "positions": positions, "targets": targets}

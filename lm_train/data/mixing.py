@@ -6,6 +6,7 @@ Nothing here has a state: position 10 and position 10**12 cost the same, and any
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -146,6 +147,7 @@ class BlockOrder:
         self._first_token = np.concatenate(([0], np.cumsum([part.tokens for part in parts])))
         self._seeds = [seed] if len(parts) == 1 else [key_of(seed, number, len(parts)) for number in range(len(parts))]
         self._chunks: dict[int, tuple[Integers, Integers, Integers]] = {}
+        self._lock = threading.Lock()
 
     def at(self, first: int, count: int) -> tuple[Integers, Integers, Integers]:
         """Of the positions first to first + count: epoch of the source, number of the block among those of all sources, and
@@ -175,10 +177,11 @@ class BlockOrder:
     def _chunk(self, number: int) -> tuple[Integers, Integers, Integers]:
         found = self._chunks.get(number)
         if found is None:
-            while len(self._chunks) >= _KEPT:
-                self._chunks.pop(next(iter(self._chunks)))
             found = self._looked_up(np.arange(number * _CHUNK, (number + 1) * _CHUNK))
-            self._chunks[number] = found
+            with self._lock:  # batches are made in one thread and told of in another
+                while len(self._chunks) >= _KEPT:
+                    self._chunks.pop(next(iter(self._chunks)))
+                self._chunks[number] = found
         return found
 
     def _looked_up(self, positions: Integers) -> tuple[Integers, Integers, Integers]:

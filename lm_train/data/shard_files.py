@@ -114,8 +114,10 @@ class LocalFolder:
         """What is known of each block, one byte each; shared by the processes of this machine where it may be remembered."""
         if self.verify == "none":
             # nothing is compared, yet what is not there cannot be read
-            return None if all(s and s.st_size == shard.bytes for s, shard in zip(found, shards, strict=True)) else (
-                memoryview(bytearray(blocks))
+            return (
+                None
+                if all(s and s.st_size == shard.bytes for s, shard in zip(found, shards, strict=True))
+                else (memoryview(bytearray(blocks)))
             )
         if self.verify == "always" or not blocks:
             return memoryview(bytearray(blocks))

@@ -148,6 +148,15 @@ class ShardTokens:
                 number, begin = number + 1, 0
         return found
 
+    @property
+    def is_remote(self) -> bool:
+        return any(isinstance(source.folder, RemoteFolder) for source in self.sources)
+
+    @property
+    def prefetch_bytes(self) -> int:
+        """What may be fetched ahead: half of the cache, the other half holds what is in use."""
+        return min(s.folder.cache.limit // 2 for s in self.sources if isinstance(s.folder, RemoteFolder))
+
     def file(self, number: int) -> ShardFile:
         return self._files[number]
 
@@ -188,6 +197,10 @@ class ShardCorpus:
         parts = [(s.manifest.fingerprint, s.weight, s.window_bytes) for s in self.sources]
         self.fingerprint = hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
         self._tokens: dict[Split, ShardTokens] = {}
+
+    @property
+    def is_remote(self) -> bool:
+        return any(isinstance(source.folder, RemoteFolder) for source in self.sources)
 
     def tokens(self, split: Split) -> ShardTokens:
         if split not in self._tokens:

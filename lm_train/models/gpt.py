@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lm_train.models.decoder import Decoder
-from lm_train.models.transformer import BlockConfig, BlockStack
+from lm_train.models.transformer import BlockConfig, BlockStack, positions_within, same_document
 from lm_train.plan import padded_vocab_size
 from lm_train.recipe import GPT as GPTSection
 
@@ -63,7 +63,10 @@ class GPT(Decoder):
     def head_weight(self) -> Tensor:  # (V padded, C)
         return self.token_embedding.weight
 
-    def hidden(self, tokens: Tensor) -> Tensor:  # (B, T) -> (B, T, C)
-        positions = torch.arange(tokens.shape[1], device=tokens.device)
+    def hidden(self, tokens: Tensor, documents: Tensor | None = None) -> Tensor:  # (B, T), (B, T) -> (B, T, C)
+        if documents is None:
+            positions, seen = torch.arange(tokens.shape[1], device=tokens.device), None
+        else:  # each document is read as if it stood alone: from position 0 on
+            positions, seen = positions_within(documents), same_document(documents)
         x = self.dropout(self.token_embedding(tokens) + self.position_embedding(positions))
-        return self.norm(self.blocks(x))
+        return self.norm(self.blocks(x, seen))

@@ -20,20 +20,28 @@ class LanguageModel(nn.Module):
     cross_entropy_chunks: int
     """Pieces in which the loss computes its logits."""
 
-    def hidden(self, tokens: Tensor) -> Tensor:  # (B, T) -> (B, T, C)
+    def hidden(self, tokens: Tensor, documents: Tensor | None = None) -> Tensor:  # (B, T), (B, T) -> (B, T, C)
         raise NotImplementedError
 
     @property
     def head_weight(self) -> Tensor:  # (V padded, C)
         raise NotImplementedError
 
-    def forward(self, tokens: Tensor, targets: Tensor | None = None, last_only: bool = False) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        last_only: bool = False,
+        documents: Tensor | None = None,
+    ) -> Tensor:
         """Logits of the next token, or with targets the loss (one entry point, so that wrappers see every use).
 
         Args:
             tokens: (B, T).
             targets: (B, T), -100 where nothing is to be predicted.
             last_only: logits of the last position only.
+            documents: number of the document that each token belongs to, (B, T), in ascending order; what is computed for
+                one has no part in another's. None: a row is one document.
 
         Returns:
             Without targets (B, T, vocab_size) logits, T being 1 with `last_only`; with targets the summed cross-entropy
@@ -42,7 +50,7 @@ class LanguageModel(nn.Module):
         t = tokens.shape[1]
         if t > self.block_size:
             raise ValueError(f"a sequence of {t} tokens is longer than block_size={self.block_size}")
-        hidden = self.hidden(tokens)
+        hidden = self.hidden(tokens, documents)
         if targets is None:
             return F.linear(hidden[:, -1:] if last_only else hidden, self.head_weight)[..., : self.vocab_size]
         return chunked_cross_entropy(hidden, self.head_weight, targets, self.vocab_size, self.cross_entropy_chunks)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lm_train.models.decoder import Decoder
-from lm_train.models.transformer import BlockConfig, BlockStack
+from lm_train.models.transformer import BlockConfig, BlockStack, same_document
 from lm_train.plan import padded_vocab_size
 from lm_train.recipe import Llama as LlamaSection
 
@@ -64,5 +64,6 @@ class Llama(Decoder):
     def head_weight(self) -> Tensor:  # (V padded, C)
         return self.token_embedding.weight if self.head is None else self.head.weight
 
-    def hidden(self, tokens: Tensor) -> Tensor:  # (B, T) -> (B, T, C)
-        return self.norm(self.blocks(self.dropout(self.token_embedding(tokens))))
+    def hidden(self, tokens: Tensor, documents: Tensor | None = None) -> Tensor:  # (B, T), (B, T) -> (B, T, C)
+        seen = None if documents is None else same_document(documents)  # rotary positions are relative: they run on
+        return self.norm(self.blocks(self.dropout(self.token_embedding(tokens)), seen))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lm_train.models.language_model import LanguageModel
+from lm_train.models.transformer import positions_within
 from lm_train.plan import padded_vocab_size
 from lm_train.recipe import Recurrent as RecurrentSection
 
@@ -74,6 +75,16 @@ def _gathered(x: Tensor, positions: Tensor) -> Tensor:  # (T, B, F), (T, B) -> (
     return x.gather(0, positions.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
 
 
+def _laid_out(documents: Tensor) -> tuple[Tensor, Tensor]:
+    """Row and column of each token where every document has a row of its own, as all start from a state of zeros; (B, T) each.
+
+    How many rows there are, and how long the longest is, must be known before the layers run: the host waits for a GPU here.
+    """
+    begins = torch.ones_like(documents, dtype=torch.bool)
+    begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    return begins.flatten().cumsum(0).view_as(documents) - 1, positions_within(documents)
+
+
 def _initial_value(name: str, tensor: Tensor, hidden_size: int) -> None:
     """torch's own: uniform in +-1/sqrt(H) for every weight and bias of a cell; Glorot & Bengio 2010 for the head."""
     if ".cells." in name:
@@ -117,8 +128,13 @@ class RecurrentLanguageModel(LanguageModel):
     def head_weight(self) -> Tensor:  # (V padded, H)
         return self.head.weight
 
-    def hidden(self, tokens: Tensor) -> Tensor:  # (B, T) -> (B, T, H)
-        return self.dropout(self.encoder(tokens))
+    def hidden(self, tokens: Tensor, documents: Tensor | None = None) -> Tensor:  # (B, T), (B, T) -> (B, T, H)
+        if documents is None:
+            return self.dropout(self.encoder(tokens))
+        rows, columns = _laid_out(documents)
+        apart = tokens.new_zeros(int(rows.max()) + 1, int(columns.max()) + 1)
+        apart[rows, columns] = tokens
+        return self.dropout(self.encoder(apart)[rows, columns])
 
     @torch.no_grad()
     def fill(self, name: str, tensor: Tensor) -> None:

@@ -64,13 +64,12 @@ class SelfAttention(nn.Module):
         """
         Args:
             x: (B, T, C).
-            seen: which keys may be looked at, (B, 1, 1, T) bool; None: all. Causal attention takes none: with padding at
-                the end what comes before never sees it.
+            seen: which keys each query may look at, (B, 1, 1 or T, T) bool; None: all, in causal attention those before it.
+                A mask given to causal attention is all that it goes by (`same_document`).
 
         Returns:
             (B, T, C).
         """
-        assert seen is None or not self.causal
         b, t, c = x.shape
         qkv = self.qkv(x).view(b, t, sum(self.heads), self.head_size)
         q, k, v = qkv.split(self.heads, dim=2)
@@ -83,7 +82,8 @@ class SelfAttention(nn.Module):
             # (github.com/pytorch/pytorch/pull/181528)
             k, v = (kv.repeat_interleave(q.shape[1] // kv.shape[1], dim=1) for kv in (k, v))
         dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, seen, dropout_p=dropout, is_causal=self.causal)  # (B, H, T, D)
+        causal = self.causal and seen is None
+        y = F.scaled_dot_product_attention(q, k, v, seen, dropout_p=dropout, is_causal=causal)  # (B, H, T, D)
         return self.out(y.transpose(1, 2).reshape(b, t, c))
 
 
@@ -119,6 +119,21 @@ class CrossAttention(nn.Module):
 def seen_positions(lengths: Tensor, size: int) -> Tensor:
     """Which positions of sequences filled up at the end are real: (B,) lengths -> (B, 1, 1, size) bool."""
     return (torch.arange(size, device=lengths.device) < lengths[:, None])[:, None, None]
+
+
+def same_document(documents: Tensor) -> Tensor:
+    """Which positions a causal attention may look at that stays within a document: (B, T) numbers -> (B, 1, T, T) bool."""
+    size = documents.shape[1]
+    before = torch.ones(size, size, dtype=torch.bool, device=documents.device).tril()
+    return ((documents[:, :, None] == documents[:, None, :]) & before)[:, None]
+
+
+def positions_within(documents: Tensor) -> Tensor:
+    """How far each token stands behind the first one of its document in the row: (B, T) numbers -> (B, T)."""
+    positions = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
+    begins = torch.ones_like(documents, dtype=torch.bool)
+    begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    return positions - torch.where(begins, positions, 0).cummax(dim=1).values
 
 
 def rotary_angles(length: int, head_size: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -201,7 +216,7 @@ class Block(nn.Module):
         """
         Args:
             x: (B, T, C).
-            seen: positions of x that may be looked at, (B, 1, 1, T) bool; None: all.
+            seen: positions of x that may be looked at, (B, 1, 1 or T, T) bool; None: all.
             memory: the other sequence, (B, S, C); for blocks with cross-attention.
             memory_seen: its positions that may be looked at, (B, 1, 1, S) bool; None: all.
 

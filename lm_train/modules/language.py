@@ -18,6 +18,8 @@ class CausalLanguageModel(TrainingModule):
     _totals: Tensor
 
     def loss(self, batch: Batch) -> Tensor:
+        if "documents" in batch:
+            return self.net(batch["tokens"], batch["targets"], documents=batch["documents"])
         return self.net(batch["tokens"], batch["targets"])
 
     def start_evaluation(self) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from lm_train.recipe import Recipe, further_ids, task_of
@@ -70,6 +72,8 @@ def known_facts(recipe: Recipe) -> DataFacts:
     tokenizer: str | None = getattr(data, "tokenizer", None)
     vocab_size = asked if isinstance(asked, int) else None if tokenizer is None else known_vocab_size(tokenizer)
     task = task_of(recipe)
+    if data.kind == "shards" and vocab_size is None and task == "causal_lm":
+        vocab_size = _prepared_vocab_size(data.wanted[0][0])
     if isinstance(asked, str) and vocab_size is not None and tokenizer is not None:
         vocab_size += further_ids(task, tokenizer)
     if task == "masked_lm":
@@ -89,3 +93,13 @@ def known_facts(recipe: Recipe) -> DataFacts:
         areas = 8 if data.path is None else None  # of the standard library
         return DataFacts(vocab_size=vocab_size, n_outputs=areas, max_length=data.max_length)
     return DataFacts(vocab_size=vocab_size)
+
+
+def _prepared_vocab_size(folder: str) -> int | None:
+    """Token ids that the manifest of prepared text names, where it lies on this machine."""
+    try:
+        found = json.loads((Path(folder).expanduser() / "manifest.json").read_text(encoding="utf-8"))
+        size = found["tokenizer"]["vocab_size"]
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError):  # the ranks will say what is wrong with it
+        return None
+    return size if isinstance(size, int) and size > 0 else None

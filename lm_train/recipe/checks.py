@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lm_train.recipe.data_sections import LabelledData
+from lm_train.recipe.data_sections import LabelledData, ShardData
 from lm_train.recipe.explain import RESUME, nearest, nearest_value, shown
 from lm_train.recipe.foreign import foreign_conflicts
 from lm_train.recipe.hub_names import is_hub_name
@@ -205,9 +205,22 @@ def _fold_conflicts(recipe: Recipe) -> Iterator[Conflict]:
         )
 
 
+def _folder_conflicts(data: ShardData) -> Iterator[Conflict]:
+    for path, _ in data.wanted:
+        if "://" in path or exists(f"{path}/manifest.json"):
+            continue
+        key = ("data", "path" if data.path else "sources")
+        if not exists(path):
+            yield [key], f"no such folder: {shown(path)}{near_path(path)}"
+        else:
+            yield [key], f"{shown(path)} holds no manifest.json; expected a folder that lm-train prepare wrote"
+
+
 def _path_conflicts(recipe: Recipe) -> Iterator[Conflict]:
     data: Any = recipe.data
-    if "path" in type(data).model_fields:
+    if isinstance(data, ShardData):
+        yield from _folder_conflicts(data)
+    elif "path" in type(data).model_fields:
         for key, value in (("path", data.path), ("val_path", data.val_path), ("test_path", data.test_path)):
             if value is not None and not exists(value) and not (key == "path" and is_hub_name(value)):
                 hint = near_path(value) or ("; a hub name looks like owner/name" if key == "path" else "")

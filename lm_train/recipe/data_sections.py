@@ -83,6 +83,73 @@ class TextData(LanguageData):
     """With streaming and no validation split: so many tokens from the start of the stream validate."""
 
 
+def _one_or_more(value: Any) -> Any:
+    return (value,) if isinstance(value, str | int | float) else value
+
+
+class ShardSource(Section):
+    """One of several folders of prepared text."""
+
+    path: Text
+    """Folder, or URL of one."""
+    weight: Annotated[float, Field(gt=0, le=1e9)] | None = None
+    """Share of the samples, in relation to the other sources' weights; null, in all of them: by their tokens."""
+
+
+class ShardData(LanguageData):
+    """Text that lm-train prepare has cleaned, tokenised and packed into shards: on disk, or fetched over a network."""
+
+    kind: Literal["shards"] = "shards"
+    path: Annotated[tuple[Text, ...], BeforeValidator(_one_or_more), Field(strict=False)] = ()
+    """Folder that lm-train prepare wrote, or its URL (s3://..., https://...); several are mixed by their tokens."""
+    sources: Annotated[tuple[ShardSource, ...], Field(strict=False)] = ()
+    """Several folders with a weight each, in place of path."""
+    document_boundaries: bool = False
+    """Attention, recurrent state and loss stay within a document, as if each were trained on alone."""
+    verify: Literal["once", "always", "none"] = "once"
+    """When a block of 1 MiB is compared with its checksum, at its first use: once on this machine as long as its file does not
+    change, in every start anew, or never (names and sizes are always looked at)."""
+    on_damage: Literal["stop", "skip"] = "stop"
+    """What becomes of samples in a missing or damaged part: the run ends, or others take their place and are counted."""
+    shuffle_mb: PositiveInt | Literal["auto", "all"] = "auto"
+    """Mebibytes of tokens that are shuffled together: all, or pieces of 8 MiB drawn at random and mixed, so that few pieces are
+    in use at a time; `auto`: all on disk, 256 over a network."""
+    cache_gb: Annotated[float, Field(gt=0, le=1e6)] = 20.0
+    """Room on each machine for pieces fetched over a network, in 10^9 bytes."""
+
+    @property
+    def wanted(self) -> tuple[tuple[str, float | None], ...]:
+        """Folder and weight of each source."""
+        return tuple((path, None) for path in self.path) or tuple((each.path, each.weight) for each in self.sources)
+
+    def conflicts(self) -> list[tuple[tuple[str, ...], str]]:
+        found: list[tuple[tuple[str, ...], str]] = []
+        if bool(self.path) == bool(self.sources):
+            found.append(
+                (("path", "sources"), "give data.path=FOLDER, or data.sources=[{path: FOLDER, weight: 1}, ..]")
+            )
+        weights = [source.weight for source in self.sources]
+        if any(weight is None for weight in weights) and any(weight is not None for weight in weights):
+            found.append(
+                (("sources",), "give every one of data.sources a weight, or none, to mix them by their tokens")
+            )
+        paths = [path for path, _ in self.wanted]
+        if len(set(paths)) < len(paths):
+            twice = next(path for path in paths if paths.count(path) > 1)
+            found.append((("path", "sources"), f"{twice:.200} is named twice; give it once, with its weight"))
+        remote = any("://" in path for path in paths)
+        if remote and isinstance(self.shuffle_mb, int) and self.cache_gb * 1e9 < 2 * (self.shuffle_mb << 20):
+            least = -(-2 * (self.shuffle_mb << 20) // 10**8) / 10
+            found.append(
+                (
+                    ("cache_gb", "shuffle_mb"),
+                    f"data.cache_gb={self.cache_gb:g} holds no two windows of data.shuffle_mb={self.shuffle_mb}; try "
+                    f"data.cache_gb={least:g}",
+                )
+            )
+        return found
+
+
 class LabelledData(DataSection):
     """Samples with a target, small enough to be held: what labelled texts, images and tables share."""
 
@@ -220,10 +287,6 @@ class ImageData(ClassData):
         return found
 
 
-def _one_or_more(value: Any) -> Any:
-    return (value,) if isinstance(value, str | int | float) else value
-
-
 Columns = Annotated[tuple[Text, ...], BeforeValidator(_one_or_more), Field(strict=False)]
 
 
@@ -299,5 +362,6 @@ class CustomData(DataSection):
 
 
 AnyData = Annotated[
-    EmbeddedData | TextData | TextClassData | ImageData | TableData | PairData | CustomData, Field(discriminator="kind")
+    EmbeddedData | TextData | ShardData | TextClassData | ImageData | TableData | PairData | CustomData,
+    Field(discriminator="kind"),
 ]

@@ -9,11 +9,13 @@ from lm_train.recipe.sections import Recipe
 from lm_train.recipe.tokenizer_names import MASKS, PAIR_SYMBOLS, has_symbol
 
 Task = Literal["causal_lm", "masked_lm", "seq2seq", "classification", "regression", "custom"]
+RUNNING_TEXT = ("embedded", "text", "shards")
 _LANGUAGE = {"gpt": "causal_lm", "llama": "causal_lm", "recurrent": "causal_lm", "bert": "masked_lm"}
 """What a network does with running text."""
 _READS = {
     "embedded": (*_LANGUAGE, "hf", "custom"),
     "text": (*_LANGUAGE, "hf", "custom"),
+    "shards": (*_LANGUAGE, "hf", "custom"),
     "text_classes": ("bert", "recurrent", "hf", "custom"),
     "images": ("mlp", "cnn", "resnet", "hf", "custom"),
     "table": ("mlp", "custom"),
@@ -26,7 +28,7 @@ def task_of(recipe: Recipe) -> Task:
     """The task of a recipe whose model and data fit each other."""
     model, data = recipe.model, recipe.data
     match data.kind:
-        case "embedded" | "text":
+        case "embedded" | "text" | "shards":
             if model.kind in ("hf", "custom"):
                 return model.language_task
             return _LANGUAGE.get(model.kind, "causal_lm")  # type: ignore[return-value]
@@ -57,11 +59,17 @@ def task_conflicts(recipe: Recipe) -> Iterator[tuple[list[tuple[str, ...]], str]
             f"model={', '.join(takes)}",
         )
 
-    if model.kind == "recurrent" and model.bidirectional and data.kind in ("embedded", "text"):
+    if model.kind == "recurrent" and model.bidirectional and data.kind in RUNNING_TEXT:
         yield (
             [("model", "bidirectional"), ("data", "kind")],
             f"a language model reads forwards, so that model.bidirectional=true does not take data={data.kind}; try "
             "model.bidirectional=false, or data=text_classes",
+        )
+    if data.kind == "shards" and data.document_boundaries and model.kind not in ("gpt", "llama", "recurrent"):
+        yield (
+            [("data", "document_boundaries"), ("model", "kind")],
+            f"model={model.kind} knows no document boundaries; try data.document_boundaries=false, or model=gpt, llama or "
+            "recurrent",
         )
 
 
@@ -88,4 +96,4 @@ def further_ids(task: Task, tokenizer: str) -> int:
 
 def samples_are_sequences(recipe: Recipe) -> bool:
     """Whether a sample is model.block_size tokens of running text."""
-    return recipe.data.kind in ("embedded", "text")
+    return recipe.data.kind in RUNNING_TEXT
