@@ -18,7 +18,7 @@ from lm_train.plan.duration import time_of
 from lm_train.plan.facts import DataFacts
 from lm_train.plan.rates import Calibration, find_calibration, from_calibration, rates_of
 from lm_train.plan.rates.calibration import Disk, Pass, Setting, Sum, Training, file_name, processor, torch_version
-from lm_train.plan.rates.measured import IN_NETWORK, OVERHEAD
+from lm_train.plan.rates.measured import OVERHEAD
 from lm_train.plan.rates.tables import Curve, Point, Surface, Tables
 from lm_train.plan.work import Op, work_of
 from lm_train.recipe import ClusterSection, load
@@ -214,7 +214,7 @@ def test_measured_rates_say_what_was_measured(tmp_path: Path) -> None:
     rates = from_calibration(file, here(), layout())
     op = Op("x", "matmul", False, 0, 0, (128, 128, 128), "fp32")
     alone, overhead = 2e-6 + 2 * 128**3 / 100e9, 3e-6
-    assert rates.device(op) == pytest.approx(alone * IN_NETWORK + overhead * OVERHEAD, rel=0.1)
+    assert rates.device(op) == pytest.approx(alone + overhead * OVERHEAD, rel=0.1)
     adamw = load(["recipe=gpt_debug", "optim={kind: adamw}"]).optim
     assert rates.update(adamw, ((64, 10),), 4) == pytest.approx(2e-4)
     assert rates.written(5e8) == pytest.approx(1.01)

@@ -11,16 +11,13 @@ from lm_train.plan.rates.tables import Curve
 from lm_train.plan.work import Op
 from lm_train.recipe import AnyOptim
 
-IN_NETWORK = 1.1
-"""An operation in a network over the same alone, with caches and pages as they come. A guess: a fit on the five calibration
-rows of benchmarks/step_time.py gave 1.12 and left 22% (root mean square) open."""
 OVERHEAD = 2.0
 """What an operation costs beyond its own time in a network with views, modules and hooks, over the same in a plain chain. A
 guess, which large networks hardly feel."""
-RELATIVE_ERROR = (0.20, 0.75)
-QUICK_ERROR = (0.35, 1.0)
-"""Of a step, below and above, by a full and by a quick calibration. The first was set on the 14 rows in
-benchmarks/results/step_time_cpu.md, in which fp32 steps took up to 1.73 times as long as predicted; the second is an estimate."""
+RELATIVE_ERROR = (0.20, 0.50)
+QUICK_ERROR = (0.35, 0.80)
+"""Of a step, below and above, by a full and by a quick calibration. The first holds for nine of ten rows in
+benchmarks/results/step_time_cpu.md; the second is an estimate."""
 
 
 class MeasuredRates(Rates):
@@ -51,7 +48,7 @@ class MeasuredRates(Rates):
         if self.asynchronous:
             return self._scale * seconds
         overhead = self.setting.backward_overhead if op.backward else self.setting.forward_overhead
-        return self._scale * seconds * IN_NETWORK + overhead * OVERHEAD
+        return self._scale * seconds + overhead * OVERHEAD
 
     def launch(self, op: Op) -> float:
         if not self.asynchronous:
