@@ -283,7 +283,9 @@ def test_a_step_has_no_collective_and_no_host_read_beyond_the_bare_loop(
         print(f"MEASURED {strategy} {accumulate} ours {ours[rank]} bare {bare[rank]}")
         agreements = 2 + 2 * ours[rank]["seconds"]  # about one a second
         assert bare[rank]["collectives"] >= steps, "the count sees the strategy's own reductions"
-        assert bare[rank]["collectives"] <= ours[rank]["collectives"] <= bare[rank]["collectives"] + agreements
+        # without clipping nothing else brings sharded gradients' norm together, by which an update may be withheld
+        expected = bare[rank]["collectives"] + (steps if (strategy, clip) == ("fsdp", "null") else 0)
+        assert expected <= ours[rank]["collectives"] <= expected + agreements
         # the profiler's own switch and the agreement read values; a read a step would be 30 more
         assert ours[rank]["host_reads"] <= bare[rank]["host_reads"] + 2 * agreements
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import lightning.pytorch as L
@@ -18,7 +18,16 @@ from lm_train.horizon import Horizon
 from lm_train.optim import build_optimizer, learning_rate
 from lm_train.plan import Plan
 from lm_train.recipe import AnyOptim
-from lm_train.strategy import FullySharded, Norm, Zero, clip_gradients, take_buffers_of_first_rank
+from lm_train.strategy import (
+    FullySharded,
+    Norm,
+    SpikeRule,
+    Withholding,
+    Zero,
+    clip_gradients,
+    mean_over_ranks,
+    take_buffers_of_first_rank,
+)
 
 INPUTS = ("inputs", "tokens", "lengths")
 """Of a batch what goes into the network; the rest is what it is measured by."""
@@ -55,6 +64,24 @@ class TrainingModule(L.LightningModule, ABC):
         self._grad_norm: Norm | None = None
         self.input_type = _input_type(plan)
         self._reached_all = False
+        self.withholding = Withholding(net)
+
+    def watch_spikes(self, threshold: float, window: int) -> None:
+        """Withholds the updates of losses that stand out; see `SpikeRule`. Before the strategy sees the module.
+
+        Under ddp the loss of a step reaches the other ranks as the gradient of one parameter more, in the gradients' own
+        reduction. It belongs to no network and no optimizer.
+        """
+        self._spike_options = threshold, window
+        if self.plan.strategy == "ddp" and self.plan.precision in ("32-true", "bf16-mixed"):
+            self._loss_carrier = nn.Parameter(torch.zeros(()))
+
+    _spike_options: tuple[float, int] | None = None
+    _loss_carrier: nn.Parameter | None = None
+
+    def _make_spike_rule(self) -> None:
+        if self._spike_options is not None and self.withholding.spikes is None:
+            self.withholding.spikes = SpikeRule(*self._spike_options, self.device)
 
     def configure_model(self) -> None:
         """Called by Lightning before optimizers exist; a strategy that cuts the network up does it here."""
@@ -80,6 +107,9 @@ class TrainingModule(L.LightningModule, ABC):
         return build_optimizer(self.optim, self.net, fused=fused)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        if self._micro(batch_idx) == 0:
+            self._make_spike_rule()
+            self.withholding.begin()
         torch.manual_seed(_dropout_key(self.seed, self.global_step, self._micro(batch_idx), self.global_rank))
 
     def inputs(self, batch: Batch) -> dict[str, Tensor]:
@@ -110,7 +140,12 @@ class TrainingModule(L.LightningModule, ABC):
         loss = self.loss(batch) / (batch["total"] / (self.plan.world_size * self.plan.accumulate_grad_batches))
         share = loss.detach() / self.plan.accumulate_grad_batches
         self.step_loss = share if self._micro(batch_idx) == 0 else self.step_loss + share
-        return loss
+        return self.watched(loss)
+
+    def watched(self, loss: Tensor) -> Tensor:
+        """The loss of a micro batch, (), to be differentiated: what `withholding` goes by hangs on it."""
+        loss = self.withholding.watched(loss)
+        return loss if self._loss_carrier is None else loss + self._loss_carrier * loss.detach()
 
     def _micro(self, batch_idx: int) -> int:
         return batch_idx % self.plan.accumulate_grad_batches
@@ -140,12 +175,57 @@ class TrainingModule(L.LightningModule, ABC):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Global 2-norm over all parameters, kept for the log; one pass also when nothing is clipped.
+        """Global 2-norm over all parameters, kept for the log; one pass also when nothing is clipped. Then all is known by which
+        the update that follows is made or withheld.
 
-        DeepSpeed does both by itself.
+        DeepSpeed does the former by itself, and withholds what is not finite.
         """
-        if not isinstance(self.trainer.strategy, Zero):
-            self._grad_norm = clip_gradients(self.net.parameters(), gradient_clip_val)
+        spikes, strategy = self.withholding.spikes, self.trainer.strategy
+        if isinstance(strategy, Zero):
+            if spikes is not None and self.trainer.step_is_complete:
+                self._global_loss = mean_over_ranks(self.step_loss)
+                strategy.leave_out(spikes.is_spike(self._global_loss))
+            return
+        loss = None if spikes is None else self.step_loss
+        self._grad_norm, mean = clip_gradients(self.net.parameters(), gradient_clip_val, loss)
+        if loss is not None:
+            loss = mean if mean is not None else self._over_replicas(loss)
+        self.step_withheld = self.withholding.judge(self._grad_norm.value, loss)
+        self.withholding.withhold(self.step_withheld, optimizer)
+
+    def _over_replicas(self, loss: Tensor) -> Tensor:
+        """The mean over the ranks of a loss, (), where gradients are not sharded."""
+        if self.plan.world_size == 1:
+            return loss
+        if self._loss_carrier is None:  # 16-bit parameters, or scaled gradients
+            return mean_over_ranks(loss)
+        carried = self._loss_carrier.grad
+        assert carried is not None
+        self._loss_carrier.grad = None
+        return carried.clone()  # it may lie in a bucket, where the next step's gradients come
+
+    def optimizer_step(
+        self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
+    ) -> None:
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        strategy = self.trainer.strategy
+        if not isinstance(strategy, Zero) or not self.trainer.step_is_complete:  # it is asked at every micro batch
+            return
+        self.step_withheld = strategy.withheld
+        if self.step_withheld:
+            self.withholding.put_back()
+        if self.withholding.spikes is not None:
+            good = torch.tensor(not self.step_withheld, device=self.device)
+            self.withholding.spikes.take(self._global_loss, good & self._global_loss.isfinite())
+
+    def anomaly_window(self) -> dict[str, Any] | None:
+        """What the spike rule looks back on, for a checkpoint; waits for the device."""
+        return None if self.withholding.spikes is None else self.withholding.spikes.state()
+
+    def restore_anomaly_window(self, state: dict[str, Any] | None) -> None:
+        self._make_spike_rule()
+        if self.withholding.spikes is not None and state is not None:
+            self.withholding.spikes.restore(state)
 
     def further_metrics(self) -> dict[str, Tensor]:
         """What else a row of the training's metrics holds, each (), over all ranks: all of them call it."""

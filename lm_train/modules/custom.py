@@ -150,7 +150,7 @@ class CustomTraining(TrainingModule):
         loss = self._loss_of(self._call("training_step", batch, batch_idx))
         share = loss.detach() / self.plan.accumulate_grad_batches
         self.step_loss = share if self._micro(batch_idx) == 0 else self.step_loss + share
-        return loss
+        return self.watched(loss)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         super().on_train_batch_start(batch, batch_idx)

@@ -16,6 +16,7 @@ from lm_train.strategy.gradients import Norm, clip_gradients
 from lm_train.strategy.launched import LaunchedRank
 from lm_train.strategy.units import units_of
 from lm_train.strategy.weights import Weights, built_anew, drawn, read_by
+from lm_train.strategy.withholding import SpikeRule, Withholding, mean_over_ranks
 from lm_train.strategy.zero import Zero
 
 _SYNC_BUFFERS = next(
@@ -87,7 +88,9 @@ __all__ = [
     "FullySharded",
     "LaunchedRank",
     "Norm",
+    "SpikeRule",
     "Weights",
+    "Withholding",
     "Zero",
     "build_strategy",
     "built_anew",
@@ -96,6 +99,7 @@ __all__ = [
     "compile_network",
     "drawn",
     "is_sharded",
+    "mean_over_ranks",
     "read_by",
     "shards_at_build",
     "take_buffers_of_first_rank",

@@ -15,6 +15,16 @@ def persistent_buffers(net: nn.Module) -> Iterator[tuple[str, Tensor]]:
     return ((name, buffer) for name, buffer in net.named_buffers() if name in saved)
 
 
+def saved_places(net: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    """Each persistent buffer once, as its module and its name there: a step may put another tensor in its place."""
+    seen: set[int] = set()
+    for module in net.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name not in module._non_persistent_buffers_set and id(buffer) not in seen:
+                seen.add(id(buffer))
+                yield module, name
+
+
 def _saved_buffers(prefix: str, module: nn.Module) -> Iterator[str]:
     for name in module._buffers.keys() - module._non_persistent_buffers_set:
         yield f"{prefix}.{name}" if prefix else name

@@ -26,19 +26,30 @@ class Norm(NamedTuple):
         return Norm(squared.sqrt(), is_part=False)
 
 
-def clip_gradients(parameters: Iterable[nn.Parameter], largest: float | None) -> Norm:
+def clip_gradients(
+    parameters: Iterable[nn.Parameter], largest: float | None, loss: Tensor | None = None
+) -> tuple[Norm, Tensor | None]:
     """Scales all gradients so that their global 2-norm is at most `largest`; None leaves them as they are.
 
-    Sharded gradients (DTensor) cost one collective for all of them together, and none where nothing is clipped.
+    Args:
+        parameters: with their gradients.
+        largest: norm.
+        loss: of this rank, (); its mean over the ranks travels with the norm where that travels.
 
     Returns:
-        The norm before; a part where gradients are sharded and nothing is clipped.
+        The norm before; and the mean loss, () or None, where gradients are sharded (DTensor), which costs one collective for
+        all of them and the loss together.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
     local = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
     norm = Norm(torch.nn.utils.get_total_norm(local), is_part=any(isinstance(g, DTensor) for g in gradients))
+    mean: Tensor | None = None
+    if norm.is_part and loss is not None:
+        sums = torch.stack((norm.value.square(), loss.detach().to(norm.value.dtype)))
+        dist.all_reduce(sums)
+        norm, mean = Norm(sums[0].sqrt(), is_part=False), sums[1] / dist.get_world_size()
+    norm = norm.summed()
     if largest is not None:
-        norm = norm.summed()
         factor = torch.clamp(largest / (norm.value + 1e-6), max=1.0)  # as torch.nn.utils.clip_grads_with_norm_ has it
         torch._foreach_mul_(local, factor)
-    return norm
+    return norm, mean

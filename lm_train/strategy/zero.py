@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from lm_train.plan import Plan
 from lm_train.rendezvous import COLLECTIVE_TIMEOUT
 from lm_train.strategy.weights import Weights
+from lm_train.strategy.withholding import MADE, NONFINITE, SPIKE, host_value
 
 LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 """What DeepSpeed's DynamicLossScaler changes as it goes."""
@@ -118,8 +119,25 @@ class Zero(DeepSpeedStrategy):
 
     def init_deepspeed(self) -> None:
         super().init_deepspeed()
-        if self.low == torch.float16 and self.optimizers:
-            self.precision_plugin.scaler = self.optimizers[0].loss_scaler
+        if not self.optimizers:
+            return
+        optimizer: Any = self.optimizers[0]
+        if self.low == torch.float16:
+            self.precision_plugin.scaler = optimizer.loss_scaler
+        update = optimizer._optimizer_step
+        optimizer._optimizer_step = lambda group: None if self._left_out else update(group)
+
+    _left_out = False
+
+    def leave_out(self, flag: Tensor) -> None:
+        """That DeepSpeed is not to make the update of this step if the flag, (), is set."""
+        self._left_out = bool(host_value(flag))
+
+    @property
+    def withheld(self) -> float:
+        """What became of the last update: DeepSpeed itself withholds those of a norm that is not finite."""
+        optimizer: Any = self.optimizers[0]
+        return NONFINITE if optimizer.overflow else SPIKE if self._left_out else MADE
 
     def teardown(self) -> None:
         """As Lightning's, but for moving the module to the CPU: what follows works on the parameters that stage 3 holds."""

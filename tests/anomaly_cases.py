@@ -1,0 +1,133 @@
+"""What tests of bad values do to a training: a loss or gradient spoilt at some steps, and what stood before and after."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from lm_train import signals
+from lm_train.checkpoint import views_of
+from lm_train.modules import TrainingModule
+from lm_train.optim import build_optimizer
+from lm_train.runs import RunFolder
+from lm_train.strategy.buffers import persistent_buffers
+from lm_train.train import train
+
+
+class Spoil(L.Callback):
+    """Spoils a step's loss, or one element of its gradient, on one rank.
+
+    Args:
+        steps: optimizer steps, from 1.
+        what: "nan" and "inf" add it to the loss of the last micro batch, whose gradient stays finite; "times": the loss a
+            hundredfold; "gradient": one element becomes inf.
+        rank: whose; None all.
+    """
+
+    def __init__(self, steps: Sequence[int], what: str, rank: int | None) -> None:
+        self.steps, self.what, self.rank = set(steps), what, rank
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: TrainingModule) -> None:
+        if self.rank not in (None, trainer.global_rank):
+            return
+        loss_of = pl_module.loss
+
+        def now() -> bool:
+            return trainer.global_step + 1 in self.steps
+
+        def spoilt(batch: dict[str, Any]) -> Tensor:
+            loss = loss_of(batch)
+            if now() and self.what in ("nan", "inf"):
+                loss = loss + float(self.what)
+            return loss * 100 if now() and self.what == "times" else loss
+
+        pl_module.loss = spoilt  # type: ignore[method-assign]
+        if self.what == "gradient":
+            parameter = next(p for p in pl_module.net.parameters() if p.requires_grad and p.numel())
+            parameter.register_hook(lambda gradient: _with_inf(gradient) if now() else gradient)
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: TrainingModule, optimizer: Any) -> None:
+        """Under fsdp, where such hooks are not called: in this rank's part of the reduced gradient."""
+        if self.what != "gradient" or self.rank != trainer.global_rank or trainer.global_step + 1 not in self.steps:
+            return
+        shards = [p.grad.to_local() for p in pl_module.net.parameters() if isinstance(p.grad, DTensor)]
+        for shard in shards[:1]:
+            shard.view(-1)[0] = float("inf")
+
+
+def _with_inf(gradient: Tensor) -> Tensor:
+    gradient = gradient.clone()
+    gradient.view(-1)[0] = float("inf")
+    return gradient
+
+
+class Digests(L.Callback):
+    """After every step a hash over all that an update changes, on this rank: parameters, optimizer state, buffers."""
+
+    def __init__(self) -> None:
+        self.found: dict[int, str] = {}
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: TrainingModule) -> None:
+        self.found[trainer.global_step] = digest(trainer, pl_module)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: TrainingModule, *args: Any) -> None:
+        if trainer.step_is_complete:
+            self.found[trainer.global_step] = digest(trainer, pl_module)
+
+
+def digest(trainer: L.Trainer, module: TrainingModule) -> str:
+    views = views_of(module.net, trainer.optimizers[0], trainer.global_rank, trainer.world_size)
+    hashed = hashlib.blake2b(digest_size=8)
+    for view in views.to_load():
+        if view.key == "param" or view.flat.any():  # fresh moments may or may not be there
+            hashed.update(f"{view.name} {view.key} {view.start}".encode() + bytes_of(view.flat))
+    steps = [float(state["step"]) for state, _, _ in views.states() if "step" in state]
+    hashed.update(str(sorted({step for step in steps if step})).encode())
+    for parameter in module.net.parameters():  # under DeepSpeed also what the network computes with
+        hashed.update(bytes_of(getattr(parameter, "_local_tensor", parameter)))
+    for name, buffer in persistent_buffers(module.net):
+        hashed.update(name.encode() + bytes_of(buffer))
+    return hashed.hexdigest()
+
+
+def bytes_of(tensor: Tensor) -> bytes:
+    return tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+
+
+def spoilt_run(
+    folder: str,
+    steps: Sequence[int],
+    what: str,
+    rank: int | None = None,
+    fused: bool = False,
+    resume_from: str | None = None,
+) -> dict[str, Any]:
+    """Trains with some steps spoilt.
+
+    Args:
+        folder: the run's.
+        steps, what, rank: see `Spoil`.
+        fused: take the optimizer's fused form, as on a GPU.
+        resume_from: a checkpoint folder.
+
+    Returns:
+        The exit code, or the error's text under "error", and `Digests` by step.
+    """
+    signals.forget()
+    digests = Digests()
+    before = TrainingModule.configure_optimizers
+    if fused:
+        TrainingModule.configure_optimizers = lambda self: build_optimizer(self.optim, self.net, fused=True)  # type: ignore
+    try:
+        code = train(RunFolder(folder), Path(resume_from) if resume_from else None, [Spoil(steps, what, rank), digests])
+    finally:
+        TrainingModule.configure_optimizers = before  # type: ignore[method-assign]
+        signals.forget()
+    return {"code": int(code), "digests": {str(step): value for step, value in digests.found.items()}}
