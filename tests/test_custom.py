@@ -45,7 +45,7 @@ def built(*words: str) -> torch.nn.Module:
 
 
 @pytest.mark.parametrize(
-    "strategy", [s if s in ("ddp", "fsdp", "zero3") else pytest.param(s, marks=pytest.mark.slow) for s in STRATEGIES]
+    "strategy", [s if s in ("ddp", "fsdp") else pytest.param(s, marks=pytest.mark.slow) for s in STRATEGIES]
 )
 def test_two_processes_compute_what_one_computes(ranks: Ranks, new_run: NewRun, strategy: str) -> None:
     words = (model_word("build"), "trainer.max_steps=12", "trainer.sample_tokens=5")

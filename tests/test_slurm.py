@@ -190,6 +190,7 @@ def test_bare_srun_is_one_cpu_process_with_a_warning(site: Site, plain: RunFolde
     assert_same_losses(run, plain)
 
 
+@pytest.mark.slow
 def test_two_nodes_with_two_tasks_each_are_one_run(site: Site, plain: RunFolder) -> None:
     done = site.srun(
         "--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=2", "--job-name=bash", words=("tracking.wandb=offline",)
@@ -239,6 +240,7 @@ def test_sbatch_on_two_nodes_with_one_task_each(site: Site, plain: RunFolder) ->
     assert_same_losses(run, plain)
 
 
+@pytest.mark.slow
 def test_an_array_gives_each_task_its_line_and_its_run(site: Site) -> None:
     (site.folder / "words.txt").write_text("seed=1\nseed=2 'model.dropout=0.1'\n")
     job = site.submit("--array=1-2", str(site.checkout / "slurm" / "array.sbatch"), "words.txt", *site.words())
@@ -315,6 +317,7 @@ def test_debug_inside_an_allocation(site: Site) -> None:
     assert re.fullmatch(r"gpt_debug-debug-\d+\.0", site.only_run().name)
 
 
+@pytest.mark.slow
 def test_a_folder_that_the_other_node_does_not_see_is_named_and_so_is_the_missing_rank(site: Site) -> None:
     """Each node starts in a folder of its own, as where runs_dir is on a node's own disk."""
     for node in ("0", "1"):
