@@ -136,7 +136,9 @@ def test_a_second_ctrl_c_ends_at_once(launch) -> None:
     assert command.ranks() == {}
 
 
-@pytest.mark.parametrize("delay", [pytest.param(0.2, marks=pytest.mark.slow), 0.6, pytest.param(1.5, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "delay", [pytest.param(0.2, marks=pytest.mark.slow), 0.6, pytest.param(1.5, marks=pytest.mark.slow)]
+)
 def test_a_signal_before_the_first_step_ends_in_order(launch, delay: float) -> None:
     command = launch("trainer.devices=2", *ENDLESS)
     while not command.run.plan.exists():
