@@ -18,6 +18,7 @@ usage: lm-train VERB [key=value ...]
 
   train     train a model            lm-train train recipe=gpt_debug trainer.max_steps=200
   plan      how to spend a budget    lm-train plan recipe=gpt_small cluster=h100x8 budget.gpu_hours=40 why=true
+  prepare   clean, de-duplicate and tokenise text into shards      lm-train prepare recipe=gpt_debug [out=DIR]
   recipes   list the shipped recipes
   show      print a resolved recipe  lm-train show recipe=gpt_small model.n_layer=4 > mine.yaml
   submit    check a job file against its partition and give it to Slurm      lm-train submit job=job.sbatch
@@ -28,7 +29,7 @@ usage: lm-train VERB [key=value ...]
 Words: recipe=NAME|PATH  section.key=value  section=KIND  section={key: value}  name=RUN  runs_dir=DIR  seed=N
        resume=auto|never|PATH  debug=true  dry_run=true  plugins=PACKAGE (whose code may run)
        data.folds=K (cross-validation: K runs and their mean; data.fold=I one of them)
-Sections: model data optim trainer checkpoint tracking budget cluster; `lm-train show recipe=NAME` prints every key.
+Sections: model data prepare optim trainer checkpoint tracking budget cluster; `lm-train show recipe=NAME` prints every key.
 
 Exit codes: 0 done; 2 wrong command; 65 bad checkpoint; 66 bad data; 70 our bug; 73 cannot write; 75 stopped early,
 start again; 130 Ctrl-C, saved."""
@@ -39,6 +40,8 @@ VERB_SYNONYMS = {
     "start": "train",
     "list": "recipes",
     "ls": "recipes",
+    "tokenize": "prepare",
+    "tokenise": "prepare",
     "config": "show",
     "print": "show",
     "check": "doctor",
@@ -103,6 +106,7 @@ def _dispatch(words: list[str]) -> int:
     verbs: dict[str, Callable[[list[str]], int]] = {
         "train": _train,
         "plan": _plan,
+        "prepare": _prepare,
         "recipes": _recipes,
         "show": _show,
         "submit": _submit,
@@ -150,6 +154,12 @@ def _plan(words: list[str]) -> int:
     from lm_train.planning import plan
 
     return plan(words)
+
+
+def _prepare(words: list[str]) -> int:
+    from lm_train.prepare.run import prepare
+
+    return prepare(words)
 
 
 def _recipes(words: list[str]) -> int:

@@ -57,6 +57,7 @@ ROOMS = (
     "rank",
     "calibrate",
     "planning",
+    "prepare",
     "dry_run",
     "doctor",
     "cli",

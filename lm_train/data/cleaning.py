@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import html
 import re
 import unicodedata
 from collections.abc import Callable, Sequence
-from html.parser import HTMLParser
 
 from lm_train.recipe.data_sections import CleaningStep
 
@@ -13,48 +13,60 @@ _CONTROL = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff\ufeff]
 """Unicode's control characters (Cc) but for white space; halves of surrogate pairs; the byte-order mark."""
 _WHITESPACE = re.compile(r"\s+")
 _INLINE = set("a abbr b bdi bdo cite code dfn em font i kbd mark q s samp small span strong sub sup u var wbr".split())  # noqa: SIM905
-_HIDDEN = frozenset(("script", "style"))
+_TAG = re.compile(r"""</?([A-Za-z][A-Za-z0-9:-]*)(?:[^<>"']++|"[^"]*+"|'[^']*+')*+>""")
+_TAG_NAME = re.compile(r"</?([A-Za-z][A-Za-z0-9:-]*)")
+_TAG_CHARACTERS = 1024
+"""Quotation marks are heeded in tags no longer than this; a longer one ends with the next `>`."""
+_LONGEST = 1 << 17
+"""Markup of more characters is none: so far a search goes for the `>` of each `<`."""
+_HIDDEN_END = {name: re.compile(rf"</{name}\b[^>]*>", re.IGNORECASE) for name in ("script", "style")}
 
 
-class _TextOfHTML(HTMLParser):
-    """Collects what a reader would see."""
+def remove_html(text: str, gap: str = " ") -> str:
+    """Tags go (those that break a line leave `gap`), entities become their characters, scripts and styles go whole.
 
-    def __init__(self) -> None:
-        super().__init__(convert_charrefs=True)
-        self.parts: list[str] = []
-        self._hidden = 0
-
-    def handle_data(self, data: str) -> None:
-        if not self._hidden:
-            self.parts.append(data)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self._hidden += tag in _HIDDEN
-        if tag not in _INLINE:
-            self.parts.append(" ")
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        if tag not in _INLINE:
-            self.parts.append(" ")
-
-    def handle_endtag(self, tag: str) -> None:
-        self._hidden = max(0, self._hidden - (tag in _HIDDEN))
-        if tag not in _INLINE:
-            self.parts.append(" ")
-
-
-def remove_html(text: str) -> str:
-    """Tags go (those that break a line leave a space), entities become their characters, scripts and styles go whole.
+    One pass over the text however broken it is; Python's own parser takes quadratic time on comments that never end, and
+    raises on unknown marked sections.
 
     >>> remove_html("Tom &amp; <b>Jer</b>ry<br>3 < 4")
     'Tom & Jerry 3 < 4'
     """
     if "<" not in text and "&" not in text:
         return text
-    parser = _TextOfHTML()
-    parser.feed(text)
-    parser.close()
-    return "".join(parser.parts)
+    parts: list[str] = []
+    done = 0
+    while (start := text.find("<", done)) >= 0:
+        end, name = _markup(text, start)
+        if end < 0:  # a plain "<"
+            parts.append(text[done : start + 1])
+            done = start + 1
+            continue
+        parts.append(text[done:start])
+        done = end
+        if name and name not in _INLINE:
+            parts.append(gap)
+        if name in _HIDDEN_END and text[start + 1] != "/" and text[end - 2] != "/":
+            closing = _HIDDEN_END[name].search(text, end)
+            done = closing.end() if closing else len(text)
+            parts.append(gap)
+    parts.append(text[done:])
+    return html.unescape("".join(parts))
+
+
+def _markup(text: str, start: int) -> tuple[int, str]:
+    """Where the markup that begins at `start` ends, or -1 if it is none; and the name of a tag."""
+    if text.startswith("<!--", start):
+        end = text.find("-->", start + 2)  # <!--> is a whole comment
+        return (end + 3 if end >= 0 else len(text)), ""
+    if text.startswith(("<!", "<?"), start):
+        return text.find(">", start, start + _LONGEST) + 1 or -1, ""
+    if tag := _TAG.match(text, start, start + _TAG_CHARACTERS):
+        return tag.end(), tag[1].lower()
+    if tag := _TAG_NAME.match(text, start):
+        end = text.find(">", start, start + _LONGEST)
+        if end >= 0 and "<" not in text[start + 1 : min(end, start + _TAG_CHARACTERS)]:
+            return end + 1, tag[1].lower()
+    return -1, ""
 
 
 def remove_control(text: str) -> str:

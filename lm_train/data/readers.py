@@ -20,6 +20,8 @@ _COMPRESSED = (".gz", ".zst", ".xz", ".bz2", ".zip", ".tar", ".tgz", ".7z")
 _PIECE_BYTES = 1 << 16
 _LINE_BYTES = 1 << 20
 """A line longer than this is cut."""
+_ROW_BYTES = 1 << 26
+"""A longer line of a jsonl file is refused: it would take ten times that in memory."""
 
 
 class Piece(NamedTuple):
@@ -126,10 +128,13 @@ def _jsonl_pieces(file: Path, column: str) -> Iterator[Piece]:
     """Line by line, not through `datasets`: its rows must have one schema, and its errors do not name the line."""
     empty = True
     with _reading(file), gzip.open(file) if file.suffix.lower() == ".gz" else file.open("rb") as opened:
-        for number, line in enumerate(opened, 1):
+        for number, line in enumerate(iter(lambda: opened.readline(_ROW_BYTES + 1), b""), 1):
+            where = f"{file} line {number}"
+            if len(line) > _ROW_BYTES:
+                raise DataError(f"{where}: longer than {_ROW_BYTES >> 20} MiB; expected one JSON object a line")
             if line.isspace():
                 continue
-            where, empty = f"{file} line {number}", False
+            empty = False
             try:
                 row = json.loads(line)
             except (ValueError, RecursionError) as error:

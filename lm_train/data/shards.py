@@ -15,7 +15,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -25,8 +25,9 @@ from tokenizers import Tokenizer
 from lm_train.data.cache import write_text, writing
 from lm_train.errors import DataError
 
-FORMAT = 1
-MANIFEST, TOKENIZER, DOCUMENTS = "manifest.json", "tokenizer.json", "documents.parquet"
+FORMAT: Final = 1
+MANIFEST, DOCUMENTS = "manifest.json", "documents.parquet"
+TOKENIZER: Final = "tokenizer.json"
 UNFINISHED = ".unfinished"
 """Folder inside, for as long as the preparation has not ended."""
 BLOCK_BYTES = 1 << 20

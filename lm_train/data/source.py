@@ -49,6 +49,8 @@ class Source:
     readers: dict[Split, Reader] = field(default_factory=dict)
     note: str = ""
     """What the user should know before it is read."""
+    size: int | None = None
+    """Bytes of its files, or None where nobody says."""
 
     def pieces(self, split: Split) -> Iterator[Piece]:
         return self.readers[split]()
@@ -100,7 +102,8 @@ def _files(section: TextData) -> Source:
         else:
             readers |= _split_documents(readers["train"], section)
             fingerprint = digest_of_parts(fingerprint, *_split_rule(section))
-    return Source(section.path, fingerprint, readers, note)
+    size = sum(file.stat().st_size for file in {f for files in by_split.values() for f in files})
+    return Source(section.path, fingerprint, readers, note, size)
 
 
 def _named_files(section: TextData) -> dict[Split, list[Path]]:
@@ -310,4 +313,5 @@ def _standard_library() -> Source:
 
     fingerprint = digest_of_parts(*(part for name, text in texts.items() for part in (name, text)))
     label = "the Python standard library"
-    return Source(label, fingerprint, {"train": lambda: read(False), "val": lambda: read(True)})
+    readers: dict[Split, Reader] = {"train": lambda: read(False), "val": lambda: read(True)}
+    return Source(label, fingerprint, readers, size=sum(map(len, texts.values())))

@@ -30,6 +30,7 @@ from lm_train.recipe.model_sections import (
     ResNet,
     Seq2Seq,
 )
+from lm_train.recipe.prepare_section import CleaningRule, PrepareSection
 from lm_train.recipe.sections import (
     AnyOptim,
     BudgetSection,
@@ -54,6 +55,7 @@ __all__ = [
     "BudgetSection",
     "CheckpointSection",
     "ClassData",
+    "CleaningRule",
     "ClusterSection",
     "CustomData",
     "CustomModel",
@@ -65,6 +67,7 @@ __all__ = [
     "LanguageData",
     "Llama",
     "PairData",
+    "PrepareSection",
     "Recipe",
     "Recurrent",
     "ResNet",

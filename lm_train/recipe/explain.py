@@ -238,9 +238,10 @@ def unknown_key(path: tuple[str, ...], raw: Mapping[str, Any]) -> str:
         if section in SECTIONS and leaf in _keys(section, raw):
             return f"{key}: a file nests its keys; write {section}: {{{leaf}: VALUE}}"
         suggestion = suggest((section, leaf), raw)
-    if suggestion:
+    secret = re.search("api_?key|secret|passw|(hf|wandb|auth|access|bearer)_?token$", path[-1].lower())
+    if suggestion and not secret:
         return f"{key}: no such key; did you mean {suggestion}?"
-    if re.search("api_?key|secret|passw|token$", path[-1].lower()):
+    if secret or path[-1].lower().endswith("token"):
         return f"{key}: no such key; secrets come from the environment (WANDB_API_KEY, HF_TOKEN) and reach no recipe"
     if path[0] in SECTIONS:
         return f"{key}: no such key; {path[0]} has {', '.join(_keys(path[0], raw))}"

@@ -23,6 +23,7 @@ from lm_train.recipe.base import (
 )
 from lm_train.recipe.data_sections import AnyData, EmbeddedData
 from lm_train.recipe.model_sections import GPT, AnyModel
+from lm_train.recipe.prepare_section import PrepareSection
 
 
 class OptimSection(Section):
@@ -259,6 +260,7 @@ class Recipe(Section):
     """Top-level packages whose code this start may run, for model=custom and data=custom; a recipe file cannot allow any."""
     model: AnyModel = GPT()
     data: AnyData = EmbeddedData()
+    prepare: PrepareSection = PrepareSection()
     optim: AnyOptim = AdamW()
     trainer: TrainerSection = TrainerSection()
     checkpoint: CheckpointSection = CheckpointSection()
@@ -267,4 +269,4 @@ class Recipe(Section):
     cluster: ClusterSection = ClusterSection()
 
 
-SECTIONS = ("model", "data", "optim", "trainer", "checkpoint", "tracking", "budget", "cluster")
+SECTIONS = ("model", "data", "prepare", "optim", "trainer", "checkpoint", "tracking", "budget", "cluster")

@@ -1,0 +1,1 @@
+"""Text prepared once: cleaned, without duplicates, tokenised, in shards. Free of torch."""
