@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDa
 from lm_train import plugins
 from lm_train.data.batches import Batch, Integers, Split, StepBatches
 from lm_train.data.cache import cache_folder, locked
-from lm_train.data.loading import TimedLoader
+from lm_train.data.loading import LOOK_S, TimedLoader, watched
 from lm_train.data.module import DataModule
 from lm_train.data.order import key_of
 from lm_train.errors import DataError, UsageError
@@ -241,7 +241,8 @@ class _Training:
         while True:
             mine = data._indices(epoch)[self.rank :: world][: data._rounds]
             numbered = enumerate(mine[first:], epoch * data._rounds + first)
-            yield from _with_samples(data.loader, [batch for number, batch in numbered if not data.skips(number)])
+            mine_left = [batch for number, batch in numbered if not data.skips(number)]
+            yield from _watched(iter(_with_samples(data.loader, mine_left, LOOK_S)), data.loader)
             epoch, first = epoch + 1, 0
 
     def _streamed(self, done: int) -> Iterator[Any]:
@@ -249,9 +250,11 @@ class _Training:
         while True:
             rounds = 0
             waiting: list[Any] = []
+            if data.loader.num_workers:
+                data.loader.timeout = LOOK_S
             with data.seeded(epoch, data.loader):
                 batches = iter(data.loader)
-            for batch in batches:
+            for batch in _watched(batches, data.loader):
                 if _rows(batch) != data.plan.micro_batch_size:
                     continue
                 waiting.append(batch if len(waiting) == self.rank else None)
@@ -303,7 +306,12 @@ class _Evaluation:
             yield _marked(group[min(self.rank, len(group) - 1)], counts=self.rank < len(group))
 
 
-def _with_samples(loader: DataLoader[Any], batches: list[list[int]]) -> DataLoader[Any]:
+def _watched(batches: Iterator[Any], loader: DataLoader[Any]) -> Iterator[Any]:
+    """Training batches, with an eye on the processes that make them."""
+    return watched(batches, loader.timeout if loader.timeout > LOOK_S else None) if loader.num_workers else batches
+
+
+def _with_samples(loader: DataLoader[Any], batches: list[list[int]], timeout: float | None = None) -> DataLoader[Any]:
     """The user's loader over other batches of the same data set."""
     workers: dict[str, Any] = {"multiprocessing_context": loader.multiprocessing_context} if loader.num_workers else {}
     return DataLoader(
@@ -312,7 +320,7 @@ def _with_samples(loader: DataLoader[Any], batches: list[list[int]]) -> DataLoad
         num_workers=loader.num_workers,
         collate_fn=loader.collate_fn,
         pin_memory=loader.pin_memory,
-        timeout=loader.timeout,
+        timeout=timeout if timeout is not None and loader.num_workers else loader.timeout,
         worker_init_fn=loader.worker_init_fn,
         prefetch_factor=loader.prefetch_factor,
         **workers,

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lm_train.data.batches import Batch, EvaluationBatches, Integers, SampleBatches, Samples, Split, StepBatches
 from lm_train.data.cache import write_text
-from lm_train.data.loading import TimedLoader, make_loader
+from lm_train.data.loading import PATIENCE_S, TimedLoader, make_loader
 from lm_train.data.order import Skipped, first_position
 from lm_train.errors import CheckpointError
 from lm_train.horizon import Horizon
@@ -140,7 +140,8 @@ class DataModule(L.LightningDataModule, ABC):
         workers = self.plan.num_workers
         # not where batches are copied for a GPU: a thread starts out on the first one, whichever the rank's is
         ahead = workers == 0 and not self.may_wait and self.plan.accelerator == "cpu"
-        self.train_loader = TimedLoader(make_loader(batches, self.plan, workers, self.may_wait), ahead)
+        patience = None if self.may_wait else PATIENCE_S
+        self.train_loader = TimedLoader(make_loader(batches, self.plan, workers), ahead, patience)
         return self.train_loader
 
     def val_dataloader(self) -> DataLoader[Batch] | list[Any]:
