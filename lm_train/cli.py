@@ -24,10 +24,12 @@ usage: lm-train VERB [key=value ...]
   submit    check a job file against its partition and give it to Slurm      lm-train submit job=job.sbatch
             or write it first, with the words of plan       lm-train submit recipe=gpt_small sbatch=job.sbatch
   doctor    check this machine, each problem with its fix
+  checkpoint  what a run has saved: do=list, do=verify (65 if damaged), do=convert to plain safetensors
+            lm-train checkpoint do=convert run=runs/RUN [step=N|latest|best] [what=model|optimizer|all] [shards=K] [out=DIR]
   calibrate measure this machine, so that plans are made by its own figures    lm-train calibrate [out=FILE] [quick=true]
 
 Words: recipe=NAME|PATH  section.key=value  section=KIND  section={key: value}  name=RUN  runs_dir=DIR  seed=N
-       resume=auto|never|PATH  debug=true  dry_run=true  plugins=PACKAGE (whose code may run)
+       resume=auto|never|PATH  allow_change=[data,model,seed]  debug=true  dry_run=true  plugins=PACKAGE (whose code may run)
        data.folds=K (cross-validation: K runs and their mean; data.fold=I one of them)
 Sections: model data prepare optim trainer checkpoint tracking budget cluster; `lm-train show recipe=NAME` prints every key.
 
@@ -46,6 +48,7 @@ VERB_SYNONYMS = {
     "print": "show",
     "check": "doctor",
     "sbatch": "submit",
+    "checkpoints": "checkpoint",
     "measure": "calibrate",
     "benchmark": "calibrate",
 }
@@ -112,6 +115,7 @@ def _dispatch(words: list[str]) -> int:
         "submit": _submit,
         "doctor": _doctor,
         "calibrate": _calibrate,
+        "checkpoint": _checkpoint,
     }
     if not words or words[0] in ("-h", "--help", "help"):
         print(HELP, file=sys.stdout if words else sys.stderr)
@@ -201,6 +205,12 @@ def _calibrate(words: list[str]) -> int:
     from lm_train.calibrate.run import calibrate
 
     return calibrate(words)
+
+
+def _checkpoint(words: list[str]) -> int:
+    from lm_train.inspection import inspect
+
+    return inspect(words)
 
 
 def _no_words(verb: str, words: list[str]) -> None:

@@ -31,6 +31,7 @@ ROOMS = (
     "submit",
     "runs",
     "resume",
+    "inspection",
     "budget",
     "horizon",
     "attempt",
