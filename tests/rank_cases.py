@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import sys
 import time
 import traceback
@@ -64,6 +65,50 @@ def run(
     code = train(RunFolder(folder), Path(resume_from) if resume_from else None, [*callbacks, sampled])
     signals.forget()
     return {"code": int(code), "sample": sampled.text}
+
+
+def watched(folder: str, resume_from: str) -> dict[str, Any]:
+    """Goes on from a checkpoint, and tells what was unpickled on the way.
+
+    Returns:
+        `loads`: each call of torch.load or of pickle's own functions; `classes`: whatever any unpickler looked up, by the
+        module that had it unpickled.
+    """
+    loads: list[str] = []
+    classes: set[str] = set()
+    watching = True
+
+    def caller() -> str:
+        frames = [frame.filename for frame in traceback.extract_stack()]
+        ours = [name for name in frames if "pickle" not in name and "rank_cases" not in name]
+        return ours[-1] if ours else "?"
+
+    def heard(event: str, arguments: tuple[Any, ...]) -> None:
+        if watching and event == "pickle.find_class":
+            classes.add(f"{caller()}: {arguments}")
+
+    def seen(owner: Any, name: str) -> None:
+        real = getattr(owner, name)
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            if watching:
+                loads.append(f"{owner.__name__}.{name} from {caller()}")
+            return real(*arguments, **options)
+
+        setattr(owner, name, call)
+        restore.append((owner, name, real))
+
+    restore: list[tuple[Any, str, Any]] = []
+    sys.addaudithook(heard)  # cannot be taken away: silent once this is over
+    for owner, name in ((torch, "load"), (pickle, "load"), (pickle, "loads")):
+        seen(owner, name)
+    try:
+        answer = run(folder, resume_from)
+    finally:
+        watching = False
+        for owner, name, real in restore:
+            setattr(owner, name, real)
+    return answer | {"loads": loads, "classes": sorted(classes)}
 
 
 def refusal(folder: str) -> str:
