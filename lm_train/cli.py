@@ -26,6 +26,7 @@ usage: lm-train VERB [key=value ...]
   doctor    check this machine, each problem with its fix
   checkpoint  what a run has saved: do=list, do=verify (65 if damaged), do=convert to plain safetensors
             lm-train checkpoint do=convert run=runs/RUN [step=N|latest|best] [what=model|optimizer|all] [shards=K] [out=DIR]
+  verify-resume  train twice, once with kills, and compare every bit   lm-train verify-resume recipe=gpt_debug kills=3
   calibrate measure this machine, so that plans are made by its own figures    lm-train calibrate [out=FILE] [quick=true]
 
 Words: recipe=NAME|PATH  section.key=value  section=KIND  section={key: value}  name=RUN  runs_dir=DIR  seed=N
@@ -116,6 +117,7 @@ def _dispatch(words: list[str]) -> int:
         "doctor": _doctor,
         "calibrate": _calibrate,
         "checkpoint": _checkpoint,
+        "verify-resume": _verify_resume,
     }
     if not words or words[0] in ("-h", "--help", "help"):
         print(HELP, file=sys.stdout if words else sys.stderr)
@@ -211,6 +213,12 @@ def _checkpoint(words: list[str]) -> int:
     from lm_train.inspection import inspect
 
     return inspect(words)
+
+
+def _verify_resume(words: list[str]) -> int:
+    from lm_train.verify_resume import verify_resume
+
+    return verify_resume(words)
 
 
 def _no_words(verb: str, words: list[str]) -> None:

@@ -29,10 +29,10 @@ from lm_train.callbacks import (
     Sample,
     StopAgreement,
 )
-from lm_train.callbacks.checkpoints import MONITOR, restore_state
+from lm_train.callbacks.checkpoints import MONITOR, has_stopped_early, restore_state
 from lm_train.callbacks.debugging import overfit_one_batch
 from lm_train.callbacks.metrics import forget_peak
-from lm_train.checkpoint import CheckpointReader, group_of_all, open_agreed, set_initial_weights, views_of
+from lm_train.checkpoint import CheckpointReader, group_of_all, open_agreed, seed_random, set_initial_weights, views_of
 from lm_train.data import DataModule, MaskedTextDataModule, PairDataModule, TextDataModule
 from lm_train.data.order import joined
 from lm_train.ending import closing_batches, find_horizon
@@ -101,8 +101,11 @@ def _train(
     horizon = find_horizon(recipe, plan, datamodule, checkpoint, folder)
     datamodule.horizon = horizon
     datamodule.skipped = joined(checkpoint.state.get("skipped", ()) if checkpoint is not None else ())
-    done_before = checkpoint is not None and checkpoint.state["step"] >= horizon.max_steps
+    done_before = checkpoint is not None and (
+        checkpoint.state["step"] >= horizon.max_steps or has_stopped_early(checkpoint.state, recipe)
+    )
     heartbeat.mark(Phase.BUILD)
+    seed_random(recipe.seed, 0 if checkpoint is None else checkpoint.state["step"], rank)
     torch.manual_seed(recipe.seed)
     net = models.build(recipe.model, plan, datamodule.facts, initialise=not shards_at_build(plan))
     build_whole = partial(models.build, recipe.model, plan, datamodule.facts)

@@ -59,6 +59,7 @@ ROOMS = (
     "calibrate",
     "planning",
     "prepare",
+    "verify_resume",
     "dry_run",
     "doctor",
     "cli",

@@ -23,7 +23,7 @@ from lm_train.errors import CheckpointError, OutputError, StopRequested, UsageEr
 from lm_train.heartbeat import Phase
 from lm_train.loop import StepTrainer
 from lm_train.modules import TrainingModule
-from lm_train.recipe import CheckpointSection
+from lm_train.recipe import CheckpointSection, Recipe
 from lm_train.runs import RunFolder
 from lm_train.saved import BEST, point, pointed
 from lm_train.saved.publish import Keeping, remove_old
@@ -207,3 +207,9 @@ def restore_state(trainer: L.Trainer, state: dict[str, Any]) -> None:
         if isinstance(callback, EarlyStopping) and "early_stopping" in state:
             callback.wait_count = state["early_stopping"]["wait_count"]
             callback.best_score = torch.tensor(state["early_stopping"]["best_score"])
+
+
+def has_stopped_early(state: dict[str, Any], recipe: Recipe) -> bool:
+    """Whether a saved run had come to its end by `early_stopping_patience`: what was killed after that does not train on."""
+    patience, saved = recipe.trainer.early_stopping_patience, state.get("early_stopping")
+    return patience is not None and saved is not None and saved["wait_count"] >= patience

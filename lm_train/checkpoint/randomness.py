@@ -25,6 +25,17 @@ def random_state() -> dict[str, Any]:
     return state
 
 
+def seed_random(*key: int) -> None:
+    """Seeds Python's and NumPy's generators, which the code of others may use; torch's is seeded in every micro batch.
+
+    Args:
+        key: numbers that tell this process and this place in the run from all others.
+    """
+    entropy = np.random.SeedSequence(key).generate_state(4)
+    np.random.seed(entropy)
+    random.seed(entropy.tobytes())
+
+
 def set_random_state(state: dict[str, Any]) -> None:
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))

@@ -2,29 +2,19 @@
 
 from __future__ import annotations
 
-from inspect import signature
-
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
+from lightning.pytorch.strategies import SingleDeviceStrategy, Strategy
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from lm_train.plan import Plan
-from lm_train.rendezvous import COLLECTIVE_TIMEOUT
 from lm_train.strategy.buffers import take_buffers_of_first_rank
 from lm_train.strategy.fsdp import FullySharded
 from lm_train.strategy.gradients import Norm, clip_gradients
 from lm_train.strategy.launched import LaunchedRank
+from lm_train.strategy.replicated import Replicated
 from lm_train.strategy.units import units_of
 from lm_train.strategy.weights import Weights, built_anew, drawn, read_by
 from lm_train.strategy.withholding import SpikeRule, Withholding, mean_over_ranks
 from lm_train.strategy.zero import Zero
-
-_SYNC_BUFFERS = next(
-    name
-    for name in ("forward_sync_buffers", "broadcast_buffers")
-    if name in signature(DistributedDataParallel).parameters
-)
-"""The option's name in torch 2.13, and before."""
 
 
 def build_strategy(plan: Plan, weights: Weights) -> Strategy:
@@ -38,12 +28,7 @@ def build_strategy(plan: Plan, weights: Weights) -> Strategy:
         case "single":
             return SingleDeviceStrategy("cuda:0" if plan.accelerator == "gpu" else "cpu")
         case "ddp":
-            return DDPStrategy(
-                process_group_backend="nccl" if plan.accelerator == "gpu" else "gloo",
-                timeout=COLLECTIVE_TIMEOUT,
-                gradient_as_bucket_view=True,  # gradients live in the buckets: one copy of them less
-                **{_SYNC_BUFFERS: False},  # sums over the ranks make them equal; see strategy/buffers.py
-            )
+            return Replicated(plan)
         case "fsdp":
             return FullySharded(plan, weights)
         case "zero1" | "zero2" | "zero3" | "zero3_offload":
@@ -88,6 +73,7 @@ __all__ = [
     "FullySharded",
     "LaunchedRank",
     "Norm",
+    "Replicated",
     "SpikeRule",
     "Weights",
     "Withholding",
