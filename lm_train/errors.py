@@ -25,6 +25,8 @@ class ExitCode(IntEnum):
     CANNOT_WRITE = 73
     REQUEUE = 75
     """Stopped early and worth starting again: preempted, or a rank was lost."""
+    NO_PROGRESS = 76
+    """Started again and again without coming on, or the same failure again: another start would be in vain."""
     INTERRUPTED = 130
     """Ctrl-C; the run was saved first."""
 
@@ -61,6 +63,18 @@ class OutputError(LMTrainError, OSError):
     """A folder or file that cannot be written."""
 
     exit_code = ExitCode.CANNOT_WRITE
+
+
+class NoProgressError(LMTrainError):
+    """A run that would fail again."""
+
+    exit_code = ExitCode.NO_PROGRESS
+
+
+class RollBack(LMTrainError):
+    """All ranks agree to go on from the run's newest checkpoint, in new processes; the supervisor starts them."""
+
+    exit_code = ExitCode.REQUEUE
 
 
 class StopRequested(LMTrainError):

@@ -184,6 +184,11 @@ def join(environ: MutableMapping[str, str] = os.environ) -> None:
     _pulse = _Pulse(memory)
 
 
+def here() -> dict[str, int | str]:
+    """What this rank's last beat said, for its own report of an error."""
+    return {} if _pulse is None else {"step": _pulse.step, "phase": _pulse.phase.in_words}
+
+
 def leave() -> None:
     """No more beats of this process; for what is forked from a rank."""
     global _pulse

@@ -11,20 +11,23 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
-from lm_train import plugins, resume, runs
+from lm_train import plugins, restarts, resume, runs, signals
 from lm_train.attempt import WRONG_S, Attempt, NotJoined, join, publish
 from lm_train.budget import Account, Spending, check_currency, held_since
 from lm_train.errors import ExitCode, LMTrainError, OutputError, UsageError
-from lm_train.failures import Report
+from lm_train.failures import Report, reports
 from lm_train.hardware import Machine, this_machine
+from lm_train.owner import Owner
 from lm_train.plan import Plan, places, plan_for, plan_table
 from lm_train.recipe import Recipe
-from lm_train.runs import Owner, RunFolder
+from lm_train.runs import RunFolder
 from lm_train.saved import checkpoints_in
 from lm_train.saved.space import check_space
-from lm_train.slurm import Allocation, current_allocation
+from lm_train.slurm import Allocation, TimeLimit, current_allocation
 from lm_train.supervisor import Supervisor, say, signals_forwarded, within
 
+RESERVE_S = 60.0
+"""What the way out takes at most: the rest of a step, a checkpoint, W&B."""
 FINISH_S = 60.0
 """How long the other supervisors leave rank 0's to finish after a stop."""
 
@@ -78,6 +81,8 @@ def _lead(recipe: Recipe, machine: Machine, allocation: Allocation | None, since
             for difference in _planned_otherwise(folder, plan):
                 say(f"{folder.root}: planned otherwise than before: {difference}")
             before = runs.beginning(folder)
+            changed = earlier is not None and bool(runs.recipe_differences(folder, recipe))
+            start = restarts.begin(folder, step, recipe.trainer.restarts_without_progress, changed)
             runs.begin(folder, recipe, plan)
             runs.cut_jsonl(folder.metrics, step)
             _note_folder(folder)
@@ -87,6 +92,7 @@ def _lead(recipe: Recipe, machine: Machine, allocation: Allocation | None, since
             attempt = publish(folder, allocation, checkpoint)
             spending = Spending.begin(folder, plan, since)
             code = _supervise(recipe, folder, plan, machine, allocation, attempt, checkpoint, spending, series)
+            code = _after(recipe, folder, plan, start, code)
             if code == ExitCode.BAD_CHECKPOINT:  # the ranks found that the run cannot go on as this recipe says
                 runs.put_back(before)
     except LMTrainError as error:
@@ -94,6 +100,23 @@ def _lead(recipe: Recipe, machine: Machine, allocation: Allocation | None, since
         raise
     print(folder.root, flush=True)
     return code
+
+
+def _after(recipe: Recipe, folder: RunFolder, plan: Plan, start: restarts.Start, code: int) -> int:
+    """Writes down how a start ended; another exit code where a next one would be in vain."""
+    try:
+        step = _checkpoint(recipe, plan, folder)[1]
+    except LMTrainError:
+        step = start.step
+    causes = [report for report in reports(folder) if not report.stopped]
+    cause = min(causes, key=lambda report: report.is_cut_off, default=None)
+    problem = restarts.end(folder, start, code, cause, step, recipe.trainer.restarts_without_progress)
+    if problem is None:
+        return code
+    say(f"lm-train: {problem}")
+    with contextlib.suppress(OSError):
+        runs.write_atomically(folder.exit_code, f"{ExitCode.NO_PROGRESS}\n")
+    return ExitCode.NO_PROGRESS
 
 
 def _follow(recipe: Recipe, machine: Machine, allocation: Allocation) -> int:
@@ -147,9 +170,17 @@ def _supervise(
     primary = allocation is None or allocation.is_primary
     node_name = socket.gethostname() if allocation is None else allocation.node_name
     timeout_s = None if recipe.debug else recipe.trainer.hang_timeout_s
-    supervisor = Supervisor(folder, plan, places(plan, machine, allocation), node_name, spending, timeout_s)
+    limit = None if allocation is None or not primary else TimeLimit(allocation.job_id, _reserve(plan))
+    supervisor = Supervisor(folder, plan, places(plan, machine, allocation), node_name, spending, timeout_s, limit)
     with signals_forwarded(supervisor), _counted(supervisor) as counted:
         code, failure = supervisor.run(attempt, checkpoint)
+        while code == signals.ROLL_BACK:
+            if not supervisor.alone or supervisor.stopping:  # with other supervisors, all of them start anew
+                code = ExitCode.REQUEUE
+                break
+            checkpoint, step, _ = _checkpoint(recipe, plan, folder)
+            runs.cut_jsonl(folder.metrics, step)
+            code, failure = supervisor.run(publish(folder, allocation, checkpoint), checkpoint)
         counted.append(code)
         if not primary and failure is None and code in (ExitCode.REQUEUE, ExitCode.INTERRUPTED):
             # with --kill-on-bad-exit this task's end is the end of all, and rank 0 may still be sending to W&B
@@ -162,9 +193,10 @@ def _supervise(
             say(f"lm-train: {error}")
     if failure is not None and (first or supervisor.alone):
         supervisor.tell(failure, recipe.debug)
-    if primary and code in (ExitCode.REQUEUE, ExitCode.INTERRUPTED) and supervisor.stopping:
-        saved = "stopped without saving" if supervisor.at_once else "stopped"
-        say(f"{saved}; go on with the same command and name={series or folder.name}")
+    if primary and code in (ExitCode.REQUEUE, ExitCode.INTERRUPTED):
+        told = "stopped without saving" if supervisor.at_once else "stopped" if supervisor.stopping else "ended early"
+        if supervisor.stopping or allocation is None or not allocation.batch:  # else the job goes on by itself
+            say(f"{told}; go on with the same command and name={series or folder.name}")
     account = Account.read(folder)
     if spending is not None and code == ExitCode.DONE and account.stopped_by_budget:
         say(f"the budget is used up: {_how_to_go_on(recipe, folder, plan, account, series)}")
@@ -184,6 +216,12 @@ def _counted(supervisor: Supervisor) -> Iterator[list[int]]:
                 if supervisor.at_limit:
                     spending.note("stopped", forced=True)
                 spending.finish(codes[0] if codes else None)
+
+
+def _reserve(plan: Plan) -> float:
+    """Seconds before a job's time limit in which the run saves and ends."""
+    saving = plan.prediction.checkpoint_seconds.high if plan.prediction is not None else 0.0
+    return max(RESERVE_S, 2 * saving + 30)
 
 
 def _nothing_to_do(recipe: Recipe, plan: Plan, folder: RunFolder, account: Account, series: str | None) -> str | None:
@@ -303,6 +341,11 @@ def _warnings(recipe: Recipe, plan: Plan, machine: Machine, allocation: Allocati
         warnings.append(
             f"the budget pays for about {plan.paid_share:.0%} of {plan.max_steps:,} steps; the run will stop inside it, "
             "saved. With trainer.max_steps=auto the learning rate comes down where the budget ends"
+        )
+    if allocation is not None and not allocation.batch:
+        warnings.append(
+            f"srun alone: Slurm cannot start {allocation} again. Told to stop, it saves and ends with exit code 75, and goes on "
+            f"with the same command and name={runs.run_name(recipe, allocation)}; sbatch slurm/train.sbatch starts itself again"
         )
     nodes = os.environ.get("SLURM_JOB_NUM_NODES", "1")
     if allocation is None and "SLURM_JOB_ID" in os.environ and nodes != "1":

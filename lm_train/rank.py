@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lm_train import heartbeat, signals
-from lm_train.errors import ExitCode, LMTrainError, StopRequested
+from lm_train.errors import ExitCode, LMTrainError, RollBack, StopRequested
 from lm_train.output import outlive_readers
 from lm_train.redaction import redacted
 from lm_train.runs import RunFolder, write_atomically
@@ -34,6 +34,8 @@ def main() -> int:
         return train(folder, checkpoint)
     except StopRequested as stop:
         return signals.OUTSIDE_THE_LOOP + stop.exit_code
+    except RollBack:
+        return signals.ROLL_BACK
     except LMTrainError as error:
         _report(folder, str(error), error.exit_code)
         # a process that ends with the code of an agreed stop has not failed
@@ -64,6 +66,7 @@ def _report(folder: RunFolder, message: str, code: int) -> None:
         "rank": int(rank),
         "exit_code": int(code),
         "message": redacted(message),
+        **heartbeat.here(),
         "traceback": redacted(traceback.format_exc()),
     }
     try:

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import re
 import shutil
-import socket
-import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -36,6 +32,7 @@ class RunFolder:
         self.exit_code = self.root / "exit_code"
         self.metrics = self.root / "metrics.jsonl"
         self.ledger = self.root / "ledger.jsonl"
+        self.starts = self.root / "starts.jsonl"
         self.budget = self.root / "budget.jsonl"
         self.checkpoints = self.root / "checkpoints"
         self.evaluation = self.root / "evaluation"
@@ -65,59 +62,6 @@ class RunFolder:
         except OSError as error:
             raise OutputError(f"{self.exit_code}: {error.strerror}") from None
         return True
-
-
-class Owner:
-    """The claim of one supervisor on a run folder: a lock that the kernel frees when the process ends, however it ends.
-
-    On several nodes the first one's supervisor holds it for all. The text of the file is for people only.
-    """
-
-    def __init__(self, folder: RunFolder, allocation: Allocation | None) -> None:
-        """Takes the folder.
-
-        An earlier start of the same Slurm job, which is being ended for its requeue, is waited for.
-
-        Raises:
-            OutputError: if another supervisor has it.
-        """
-        file = folder.root / ".owner"
-        job = None if allocation is None else allocation.job_id
-        try:
-            self._file = file.open("a+", encoding="utf-8")
-        except OSError as error:
-            raise OutputError(
-                f"cannot write {file}: {error.strerror}; choose another place with runs_dir=DIR"
-            ) from None
-        deadline = time.monotonic() + LEAVING_S
-        while not self._locked():
-            self._file.seek(0)
-            holder = self._file.read().strip()
-            if job is None or f"Slurm job {job}," not in holder or time.monotonic() > deadline:
-                self._file.close()
-                raise OutputError(
-                    f"{folder.root} is at work already ({holder or 'owner unknown'}); wait for it, or take another name="
-                )
-            time.sleep(0.2)
-        who = f"process {os.getpid()} on {socket.gethostname()}"
-        self._file.truncate(0)
-        self._file.write(who if job is None else f"Slurm job {job}, {who}")
-        self._file.flush()
-
-    def _locked(self) -> bool:
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        except OSError:  # a file system without locks: better unguarded than not at all
-            return True
-        return True
-
-    def __enter__(self) -> Owner:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._file.close()
 
 
 def existing(recipe: Recipe, allocation: Allocation | None = None) -> RunFolder | None:

@@ -24,6 +24,8 @@ _EXIT_CODES = {
 HANDLED = tuple(_EXIT_CODES)
 OUTSIDE_THE_LOOP = 100
 """Added to the exit code by a rank that a signal stopped where the ranks do not agree: the others may wait for it."""
+ROLL_BACK = 120
+"""A rank's exit code that asks its supervisor to start all ranks again from the run's newest checkpoint."""
 _requested: ExitCode | None = None
 
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+import subprocess
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from lm_train.errors import UsageError
@@ -103,6 +105,47 @@ def current_allocation(environ: Mapping[str, str] = os.environ) -> Allocation | 
         gpus_on_node=_number(environ.get("SLURM_GPUS_ON_NODE")),
         binds_gpus="gpu" in binding or "SLURM_GPUS_PER_TASK" in environ,
     )
+
+
+class TimeLimit:
+    """When Slurm will end the job, so that the run is saved before, whether or not the job asked for a signal.
+
+    Args:
+        job_id: whose limit.
+        reserve_s: seconds that the run needs to save and end; of a short job at most a quarter of what is left now.
+        ask: seconds that a job has left, None where Slurm does not say or there is no limit.
+    """
+
+    def __init__(self, job_id: str, reserve_s: float, ask: Callable[[str], float | None] | None = None) -> None:
+        self.job_id, self.ask = job_id, ask or seconds_left
+        left = self.ask(job_id)
+        self.reserve_s = reserve_s if left is None else min(reserve_s, left / 4)
+        self._until = _from_now(left)
+
+    def is_near(self) -> bool:
+        """Whether it is time to save; a limit that was prolonged meanwhile counts as it is now."""
+        if time.monotonic() < self._until - self.reserve_s:
+            return False
+        self._until = _from_now(self.ask(self.job_id))
+        return time.monotonic() >= self._until - self.reserve_s
+
+
+def seconds_left(job_id: str) -> float | None:
+    """Until the time limit of a job, as Slurm's controller says; None where it has none or cannot be asked from here."""
+    command = ["squeue", "--noheader", f"--jobs={job_id}", "--format=%L"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, stdin=subprocess.DEVNULL)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    match = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", done.stdout.strip())
+    if match is None:
+        return None
+    days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
+    return ((days * 24 + hours) * 60 + minutes) * 60.0 + seconds
+
+
+def _from_now(left: float | None) -> float:
+    return float("inf") if left is None else time.monotonic() + left
 
 
 def tasks_see_their_own_gpus(machine: Machine, allocation: Allocation) -> bool:

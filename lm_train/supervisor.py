@@ -21,6 +21,7 @@ from lm_train.heartbeat import Board
 from lm_train.plan import Place, Plan
 from lm_train.redaction import redacted
 from lm_train.runs import RunFolder
+from lm_train.slurm import TimeLimit
 from lm_train.watchdog import Sight, Watchdog, in_words
 
 GRACE_S = 3.5
@@ -31,7 +32,7 @@ LOOK_S = 0.5
 """How often the reports of other supervisors' ranks are looked for, and the own ranks' heartbeats."""
 KILL_S = 5.0
 """How long a killed rank may take to be gone; one that waits for a file server may never be, and is left to the kernel."""
-_GOOD = (ExitCode.DONE, ExitCode.REQUEUE, ExitCode.INTERRUPTED)
+_GOOD = (ExitCode.DONE, ExitCode.REQUEUE, ExitCode.INTERRUPTED, signals.ROLL_BACK)
 """What a rank that stands with the others at a step boundary ends with."""
 
 
@@ -45,6 +46,7 @@ class Supervisor:
         node_name: for messages.
         spending: of this start, where this supervisor counts it; when it is over, the ranks are ended by force.
         hang_timeout_s: after which a rank without progress is given up; None: never.
+        time_limit: of the Slurm job, where this supervisor minds it.
     """
 
     def __init__(
@@ -55,12 +57,13 @@ class Supervisor:
         node_name: str,
         spending: Spending | None = None,
         hang_timeout_s: float | None = None,
+        time_limit: TimeLimit | None = None,
     ) -> None:
         self.folder, self.plan, self.places, self.node_name, self.spending = folder, plan, places, node_name, spending
-        self.hang_timeout_s = hang_timeout_s
+        self.hang_timeout_s, self.time_limit = hang_timeout_s, time_limit
         self.alone = len(places) == plan.world_size
         self.ranks: list[subprocess.Popen[bytes]] = []
-        self.boards = [Board() for _ in places]
+        self.boards: list[Board] = []
         self.stopping: signal.Signals | None = None
         self.at_once = False
         self.at_limit = False
@@ -69,11 +72,12 @@ class Supervisor:
         self._out_of_memory = times_out_of_memory()
 
     def run(self, attempt: Attempt, checkpoint: Path | None) -> tuple[int, Report | None]:
-        """Runs the ranks to their end.
+        """Runs the ranks to their end; may be called again when they have asked for it with `signals.ROLL_BACK`.
 
         Returns:
             The exit code; and the failure that is this supervisor's to tell, if there was one.
         """
+        self.ranks, self.boards = [], [Board() for _ in self.places]
         watchdog = self._watchdog(attempt)
         try:
             for place in self.places:
@@ -171,6 +175,9 @@ class Supervisor:
                 if self.spending.is_over:
                     self.at_limit = True
                     return None
+            if self.time_limit is not None and not self.stopping and self.time_limit.is_near():
+                say("lm-train: the job's time limit is near: stopping at the next step boundary and saving")
+                self.stop(signal.SIGUSR1, None)
             if now > beat and deadline == float("inf") and len(self.ranks) == len(self.places):
                 beat = now + LOOK_S
                 sights = watchdog.look(self._pids())

@@ -130,14 +130,24 @@ def test_a_machine_that_sleeps_is_no_hang(launch: Launch) -> None:
     assert "hangs" not in err
 
 
-@pytest.mark.parametrize(
-    ("what", "code", "says"),
-    [
-        ("crash", 75, r"was ended by SIGSEGV, a crash in compiled code, called at .* < faulty_parts.py:\d+ in crash <"),
-        pytest.param("leave", 70, "ended with exit code 3 and left no message", marks=pytest.mark.slow),
-    ],
-)
-def test_a_death_without_a_message_is_told_by_what_is_known(launch: Launch, what: str, code: int, says: str) -> None:
-    ended, _, err = launch(*ENDLESS, *faulty_parts.words(f"{what}@20", rank=0)).end()
-    assert ended == code, err
-    assert re.match(rf"lm-train: rank 0 on \S+, after step 19 \(step\): {says}", said(err)), err
+def test_a_crash_is_told_by_where_and_the_same_one_again_ends_the_run_for_good(launch: Launch) -> None:
+    words = (*ENDLESS, *faulty_parts.words("crash@20", rank=0))
+    crash = r"was ended by SIGSEGV, a crash in compiled code, called at .* < faulty_parts.py:\d+ in crash <"
+    for expected in (75, 76):
+        command = launch(*words)
+        code, _, err = command.end()
+        assert code == expected, err
+        assert command.run.outcome() == expected
+        assert re.match(rf"lm-train: rank 0 on \S+, after step 19 \(step\): {crash}", said(err)), err
+    given_up = "lm-train: runs/run: twice the same failure after step 19, from the beginning; the last: rank 0: was ended by SIG"
+    assert any(line.startswith(given_up) for line in err.splitlines()), err
+    code, _, err = launch(*words).end()
+    assert code == 76
+    assert "remove runs/run/starts.jsonl, or give trainer.restarts_without_progress=null" in err.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_a_process_that_leaves_without_a_word_is_named(launch: Launch) -> None:
+    code, _, err = launch(*ENDLESS, *faulty_parts.words("leave@20", rank=0)).end()
+    assert code == 70, err
+    assert ", after step 19 (step): ended with exit code 3 and left no message" in said(err)

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-import subprocess
-import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -15,12 +12,11 @@ import torch.distributed as dist
 
 from lm_train import rendezvous
 from lm_train.attempt import Attempt, NotJoined, join, publish
-from lm_train.errors import OutputError
 from lm_train.hardware import Machine
 from lm_train.plan import Plan, make_plan
 from lm_train.recipe import load
 from lm_train.rendezvous import NotMet, _Meeting
-from lm_train.runs import Owner, RunFolder
+from lm_train.runs import RunFolder
 from lm_train.slurm import Allocation
 from tests.conftest import TINY
 
@@ -63,33 +59,6 @@ def test_an_end_is_told_without_touching_the_start_under_way(run: RunFolder) -> 
     publish(run, allocation(job="13"), exit_code=73)
     assert join(run, allocation(1, job="13"), timeout_s=1).word() == (73, None)
     assert join(run, allocation(1), timeout_s=1).folder == first.folder
-
-
-def test_a_folder_has_one_owner_and_a_killed_one_frees_it_at_once(run: RunFolder) -> None:
-    program = (
-        "import sys, time; from lm_train.runs import Owner, RunFolder\n"
-        "with Owner(RunFolder(sys.argv[1]), None): print('held', flush=True); time.sleep(60)"
-    )
-    other = subprocess.Popen([sys.executable, "-c", program, str(run.root)], stdout=subprocess.PIPE, text=True)
-    assert other.stdout is not None
-    assert other.stdout.readline() == "held\n"
-    with pytest.raises(
-        OutputError, match=f"is at work already .process {other.pid} on {socket.gethostname()}."
-    ) as caught:
-        Owner(run, allocation())
-    assert caught.value.exit_code == 73
-    other.kill()
-    other.communicate()
-    with Owner(run, allocation()):
-        assert "Slurm job 12" in (run.root / ".owner").read_text()
-
-
-def test_a_requeued_job_waits_for_its_earlier_start(run: RunFolder) -> None:
-    first = Owner(run, allocation())
-    threading.Timer(0.5, first.__exit__).start()
-    began = time.monotonic()
-    with Owner(run, allocation(restart=1)):
-        assert time.monotonic() - began > 0.4
 
 
 def meet(

@@ -155,6 +155,9 @@ class TrainerSection(Section):
     hang_timeout_s: Annotated[float, Field(ge=1)] | None = 30.0
     """Seconds after which a process without progress is taken to hang: it is named with its Python stack and the run ends, to
     be started again; slow steps, saving, compiling and loading have a multiple of it. null: no watch."""
+    restarts_without_progress: Count | None = 3
+    """Starts that may follow one another from the same checkpoint, each ended early, before the run is given up with exit code
+    76; the same failure at the same step again is given up at once. null: never."""
     deterministic: bool = False
     """Refuse operations without a deterministic implementation."""
     sample_tokens: Count = 120
