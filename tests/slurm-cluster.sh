@@ -3,6 +3,7 @@
 #
 #   tests/slurm-cluster.sh start FOLDER PORT [NODES=4] [GPUS=2]   uses PORT .. PORT+NODES; prints `export SLURM_CONF=...`
 #   tests/slurm-cluster.sh stop FOLDER                            ends all of it, with every process of its jobs
+#   tests/slurm-cluster.sh crash FOLDER NODE                      ends a node with all that runs on it, at once
 #   tests/slurm-cluster.sh stop-after FOLDER PID                  the same, as soon as process PID has ended
 #
 # Needs root and: apt-get install --no-install-recommends slurm-wlm munge. The GPUs are device files that compute nothing.
@@ -10,7 +11,7 @@ set -euo pipefail
 export PATH=$PATH:/usr/sbin:/sbin LC_ALL=C
 
 command=${1:-} folder=${2:-}
-[[ $command =~ ^(start|stop|stop-after)$ && $folder = /* ]] || { sed -n '2,8p' "$0" >&2; exit 2; }
+[[ $command =~ ^(start|stop|stop-after|crash)$ && $folder = /* ]] || { sed -n '2,9p' "$0" >&2; exit 2; }
 conf=$folder/slurm.conf
 mark="# $conf"
 
@@ -74,8 +75,12 @@ InactiveLimit=0
 SchedulerType=sched/backfill
 SchedulerParameters=bf_interval=1,sched_interval=1,batch_sched_delay=0
 JobRequeue=1
-PartitionName=main Nodes=n[1-$nodes] Default=YES MaxTime=INFINITE State=UP
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+SlurmdTimeout=10
+PartitionName=main Nodes=n[1-$nodes] Default=YES MaxTime=INFINITE State=UP PriorityTier=10 GraceTime=5
 PartitionName=short Nodes=n$nodes Default=NO MaxTime=01:00:00 State=UP
+PartitionName=urgent Nodes=n[1-$nodes] Default=NO MaxTime=INFINITE State=UP PriorityTier=100 PreemptMode=OFF
 CONF
     for ((i = 1; i <= nodes; i++)); do
       echo "NodeName=n$i NodeHostname=n$i NodeAddr=127.0.0.$((10 + i)) Port=$((port + i)) CPUs=8 RealMemory=16000 Gres=gpu:$gpus"
@@ -139,6 +144,10 @@ stop() {
 case $command in
   start) start "${3:?port}" "${4:-4}" "${5:-2}" ;;
   stop) stop ;;
+  crash)
+    read -r pid _ <"$folder/run/${3:?node}.pid"
+    kill -KILL "$pid"
+    ;;
   stop-after)
     while kill -0 "${3:?pid}" 2>/dev/null; do sleep 1; done
     if [ -e "$conf" ]; then stop; rm -rf "$folder"; fi

@@ -145,7 +145,7 @@ def test_a_signal_before_the_first_step_ends_in_order(launch, delay: float) -> N
         time.sleep(0.01)
     time.sleep(delay)
     command.process.send_signal(signal.SIGINT)
-    code, _, err = command.end(timeout=30)
+    code, _, err = command.end(timeout=90)
     assert code == 130, err
     assert "Traceback" not in err
     assert command.ranks() == {}
