@@ -14,7 +14,7 @@ from pathlib import Path
 from lm_train import plugins, restarts, resume, runs, signals
 from lm_train.attempt import WRONG_S, Attempt, NotJoined, join, publish
 from lm_train.budget import Account, Spending, check_currency, held_since
-from lm_train.errors import ExitCode, LMTrainError, OutputError, UsageError
+from lm_train.errors import ExitCode, LMTrainError, NoProgressError, OutputError, UsageError
 from lm_train.failures import Report, reports
 from lm_train.hardware import Machine, this_machine
 from lm_train.owner import Owner
@@ -82,7 +82,7 @@ def _lead(recipe: Recipe, machine: Machine, allocation: Allocation | None, since
                 say(f"{folder.root}: planned otherwise than before: {difference}")
             before = runs.beginning(folder)
             changed = earlier is not None and bool(runs.recipe_differences(folder, recipe))
-            start = restarts.begin(folder, step, recipe.trainer.restarts_without_progress, changed)
+            start = _begin_start(recipe, folder, step, changed)
             runs.begin(folder, recipe, plan)
             runs.cut_jsonl(folder.metrics, step)
             _note_folder(folder)
@@ -102,6 +102,26 @@ def _lead(recipe: Recipe, machine: Machine, allocation: Allocation | None, since
     return code
 
 
+def _begin_start(recipe: Recipe, folder: RunFolder, step: int, changed: bool) -> restarts.Start:
+    """Counts this start, unless it would be in vain.
+
+    Raises:
+        NoProgressError: which a batch script finds in the folder, too, in place of what the last start ended with.
+    """
+    try:
+        return restarts.begin(folder, step, recipe.trainer.restarts_without_progress, changed)
+    except NoProgressError:
+        _note_outcome(folder)
+        _note_folder(folder)
+        raise
+
+
+def _note_outcome(folder: RunFolder) -> None:
+    """Over what another supervisor of this start, or an earlier start, has written."""
+    with contextlib.suppress(OSError):
+        runs.write_atomically(folder.exit_code, f"{ExitCode.NO_PROGRESS}\n")
+
+
 def _after(recipe: Recipe, folder: RunFolder, plan: Plan, start: restarts.Start, code: int) -> int:
     """Writes down how a start ended; another exit code where a next one would be in vain."""
     try:
@@ -114,8 +134,7 @@ def _after(recipe: Recipe, folder: RunFolder, plan: Plan, start: restarts.Start,
     if problem is None:
         return code
     say(f"lm-train: {problem}")
-    with contextlib.suppress(OSError):
-        runs.write_atomically(folder.exit_code, f"{ExitCode.NO_PROGRESS}\n")
+    _note_outcome(folder)
     return ExitCode.NO_PROGRESS
 
 

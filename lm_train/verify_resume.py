@@ -116,6 +116,8 @@ def verify_resume(words: Sequence[str]) -> int:
         points = _points(kills, kill_seed, steps, plan.world_size)
         words = [word for word in words if word.partition("=")[0] != "checkpoint.every_n_steps"]
         words.append(f"checkpoint.every_n_steps={every}")
+        if not any(word.startswith("trainer.restarts_without_progress=") for word in words):
+            words.append("trainer.restarts_without_progress=null")  # the kills are not the run's fault
         killed = _with_kills(words, interrupted, points, _step_seconds(straight))
     difference = _difference(straight, interrupted)
     result = {

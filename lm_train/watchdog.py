@@ -29,7 +29,7 @@ MARGIN_S = 4.0
 """So much before its time a hang is looked into, at most a sixth of the time: stacks are asked for, other nodes heard."""
 OWN_TIME = {
     Phase.START: 20, Phase.MEET: 20, Phase.PREPARE: 20, Phase.BUILD: 20, Phase.RESTORE: 20, Phase.COMPILE: 20,
-    Phase.EVALUATE: 10, Phase.SAVE: 10, Phase.SAMPLE: 10, Phase.FINISH: 20, Phase.WAIT: 20,
+    Phase.EVALUATE: 10, Phase.SAVE: 20, Phase.SAMPLE: 10, Phase.FINISH: 20, Phase.WAIT: 20,
 }  # fmt: skip
 """Patience with phases of no known pace, in multiples of the time-out: 10 minutes and 5 at the default of 30 s."""
 FIRST_TIME = 10

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from lm_train import watchdog
-from lm_train.watchdog import Sight
+from lm_train import heartbeat, watchdog
+from lm_train.heartbeat import Board, Phase
+from lm_train.watchdog import Sight, Watchdog, at_fault
 from tests import faulty_parts
 from tests.commands import ENDLESS, Command
 
@@ -74,9 +75,35 @@ def test_ranks_that_wait_for_one_that_takes_its_own_time_do_not_hang() -> None:
     assert names(sight(0, (7, 3), 1), waiting) == [1], "as far, and it comes on: the other does not"
 
 
+def seen_by_two(tmp_path: Path, first: tuple[Phase, int], second: tuple[Phase, int], silent: float) -> list[list[int]]:
+    """Whom each of two supervisors, of a rank each, finds at fault; both ranks are in the same step, silent for so long."""
+    boards = [Board(), Board()]
+    for board, (phase, marks) in zip(boards, (first, second), strict=True):
+        heartbeat._write(board._memory, 2, 1, marks, 7, phase, 10**6)
+    dogs = [Watchdog([rank], [board], 30.0, 2, tmp_path) for rank, board in enumerate(boards)]
+    found: list[list[int]] = []
+    for _ in range(2):  # the first time, the second one has not told yet
+        for dog in dogs:
+            dog._silent = [silent]
+            dog._looked = time.monotonic()
+        found = [[sight.rank for sight in at_fault(dog.look([os.getpid()]), dog.limit)] for dog in dogs]
+    for board in boards:
+        board.close()
+    return found
+
+
+def test_supervisors_of_several_nodes_tell_one_another_before_they_judge(tmp_path: Path) -> None:
+    step, save = Phase.STEP, Phase.SAVE
+    assert seen_by_two(tmp_path, (step, 3), (step, 3), 20) == [[], []]
+    assert seen_by_two(tmp_path, (step, 3), (save, 3), 40) == [[], []], "one waits while the other saves"
+    assert seen_by_two(tmp_path, (step, 3), (step, 2), 27) == [[1], [1]]
+    assert seen_by_two(tmp_path, (save, 2), (step, 3), 700) == [[0], [0]]
+
+
 # real processes
 
 
+@pytest.mark.slow
 def test_a_stopped_rank_is_named_with_its_stack_and_the_run_ends_for_a_requeue(launch: Launch) -> None:
     command = launch(*PAIR, "trainer.hang_timeout_s=3")
     command.wait_for_steps()
