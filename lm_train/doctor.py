@@ -116,7 +116,12 @@ def _slurm() -> Iterator[Finding]:
 
 def _wandb() -> Iterator[Finding]:
     if os.environ.get("WANDB_API_KEY"):
-        host = (os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").split("://")[-1].split("/")[0]
+        host = (
+            (os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai")
+            .split("://")[-1]
+            .split("/")[0]
+            .rpartition("@")[2]
+        )
         reached = _reachable(host)
         yield (
             Finding("ok", "W&B key found")
@@ -134,7 +139,7 @@ def _wandb() -> Iterator[Finding]:
 
 
 def _hub() -> Iterator[Finding]:
-    host = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").split("://")[-1].split("/")[0]
+    host = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").split("://")[-1].split("/")[0].rpartition("@")[2]
     if os.environ.get("HF_HUB_OFFLINE") in ("1", "true", "True"):
         yield Finding("note", "HF_HUB_OFFLINE is set: only cached hub data", "unset HF_HUB_OFFLINE")
     elif _reachable(host):

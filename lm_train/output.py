@@ -1,31 +1,40 @@
-"""Standard output: streams that outlive their reader (`lm-train train ... | head` must not end a training), and tables."""
+"""Standard output: streams that outlive their reader (`lm-train train ... | head` must not end a training) and a disk that is
+full (a batch job's output is a file), and tables."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, TextIO
 
 
 class _LastingStream:
-    """Passes everything on; once the reader has gone, into nothing."""
+    """Passes everything on; once the reader has gone, into nothing. What a full disk does not take is left out."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        try:
-            return self._stream.write(text)
-        except BrokenPipeError:
-            self._to_nothing()
-            return len(text)
+        with self._lasting():
+            self._stream.write(text)
+        return len(text)
 
     def flush(self) -> None:
-        try:
+        with self._lasting():
             self._stream.flush()
+
+    @contextlib.contextmanager
+    def _lasting(self) -> Iterator[None]:
+        try:
+            yield
         except BrokenPipeError:
             self._to_nothing()
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+                raise
 
     def _to_nothing(self) -> None:
         nothing = os.open(os.devnull, os.O_WRONLY)
@@ -37,7 +46,7 @@ class _LastingStream:
 
 
 def outlive_readers() -> None:
-    """From now on a closed pipe on standard output or error is no error."""
+    """From now on a closed pipe, or a full disk, on standard output or error is no error."""
     sys.stdout, sys.stderr = _LastingStream(sys.stdout), _LastingStream(sys.stderr)
 
 

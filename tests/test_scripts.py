@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -135,3 +136,20 @@ def test_values_of_the_environment_are_no_code(checkout: Path) -> None:
         run_script(checkout, "launch/setup.sh", "check", **{name: code})
         run_script(checkout, "slurm/train.sbatch", "recipe=gpt_debug", **JOB, **{name: code})
         assert not list(checkout.parent.rglob("canary*")), name
+
+
+def test_a_full_disk_under_the_output_ends_nothing() -> None:
+    """A batch job's output is a file, often on the disk of the run."""
+    program = (
+        "import sys, lm_train.output as o\no.outlive_readers()\n"
+        "for i in range(3):\n    print('x' * 9000, flush=True)\n    print('y', file=sys.stderr)\n"
+        "sys.stdout.flush()\nopen(sys.argv[1], 'w').write('went on')\nimport os; os._exit(0)"
+    )
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full here")
+    with Path("/dev/full").open("w") as full, tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "end"
+        done = subprocess.run(
+            [sys.executable, "-c", program, str(file)], cwd=ROOT, stdout=full, stderr=full, timeout=60
+        )
+        assert (done.returncode, file.read_text()) == (0, "went on")
