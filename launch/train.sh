@@ -14,4 +14,4 @@ elif ! "$root/launch/setup.sh" check; then
   fi
   exit 2
 fi
-exec "$root/.venv/bin/python" -m lm_train train "$@"
+exec "$root/.venv/bin/python" -P -m lm_train train "$@"

@@ -69,20 +69,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     except LMTrainError as error:
         print(f"lm-train: {redacted(str(error))}", file=sys.stderr)
         return error.exit_code
-    except KeyboardInterrupt:
-        return ExitCode.INTERRUPTED
     except BrokenPipeError:  # the reader of our output has gone, as in `lm-train show ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return ExitCode.DONE
+    except OSError as error:
+        if error.filename is None or "debug=true" in words:
+            return _our_bug(error, words)
+        print(f"lm-train: {redacted(_one_line(str(error.filename)))}: {error.strerror}", file=sys.stderr)
+        return ExitCode.CANNOT_WRITE
+    except KeyboardInterrupt:
+        return ExitCode.INTERRUPTED
     except Exception as error:
-        if "debug=true" in words:
-            print(redacted(traceback.format_exc()), end="", file=sys.stderr)
-        else:
-            print(
-                f"lm-train: {type(error).__name__}: {redacted(str(error))} (our bug; debug=true shows where)",
-                file=sys.stderr,
-            )
-        return ExitCode.BUG
+        return _our_bug(error, words)
+
+
+def _our_bug(error: Exception, words: list[str]) -> int:
+    if "debug=true" in words:
+        print(redacted(traceback.format_exc()), end="", file=sys.stderr)
+    else:
+        said = f"{type(error).__name__}: {redacted(str(error))}"
+        print(f"lm-train: {said} (our bug; debug=true shows where)", file=sys.stderr)
+    return ExitCode.BUG
 
 
 def _speaks(words: list[str]) -> bool:

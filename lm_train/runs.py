@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import re
 import shutil
@@ -9,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lm_train.errors import ExitCode, OutputError
+from lm_train.errors import ExitCode, OutputError, UsageError
 from lm_train.plan import Plan
 from lm_train.recipe import Recipe, dump, flat
 from lm_train.recipe.text import parse_yaml
@@ -116,7 +118,11 @@ def begin(folder: RunFolder, recipe: Recipe, plan: Plan) -> None:
 
 def beginning(folder: RunFolder) -> dict[Path, str]:
     """What `begin` writes over: the recipe and the plan that the run has so far."""
-    return {file: file.read_text(encoding="utf-8") for file in (folder.recipe, folder.plan) if file.exists()}
+    texts = {}
+    for file in (folder.recipe, folder.plan):
+        with contextlib.suppress(FileNotFoundError, UnicodeDecodeError):  # what is no text is worth nothing
+            texts[file] = file.read_text(encoding="utf-8")
+    return texts
 
 
 def put_back(before: Mapping[Path, str]) -> None:
@@ -140,9 +146,11 @@ def create(recipe: Recipe, plan: Plan) -> RunFolder:
 
 
 def _cannot_write(error: OSError, place: Path) -> OutputError:
-    return OutputError(
-        f"cannot write {error.filename or place}: {error.strerror}; choose another place with runs_dir=DIR"
-    )
+    file = Path(error.filename or place)
+    reason = error.strerror
+    if error.errno in (errno.EEXIST, errno.ENOTDIR):
+        reason = "a link that leads nowhere" if file.is_symlink() and not file.exists() else "in its way is a file"
+    return OutputError(f"cannot write {file}: {reason}; choose another place with runs_dir=DIR")
 
 
 def _safe_title(recipe: Recipe) -> str:
@@ -189,9 +197,20 @@ def claim_series(recipe: Recipe, member: Callable[[str, int], str]) -> str:
 
 
 def recipe_differences(folder: RunFolder, recipe: Recipe) -> list[str]:
-    """What the recipe says otherwise than the one the folder was made with, a line a key."""
-    texts = (folder.recipe.read_text(encoding="utf-8"), dump(recipe))
-    old, new = (flat(parse_yaml(text, "recipe.yaml")[0]) for text in texts)
+    """What the recipe says otherwise than the one the folder was made with, a line a key.
+
+    Raises:
+        UsageError: if the folder's recipe cannot be read.
+    """
+    try:
+        written = parse_yaml(folder.recipe.read_text(encoding="utf-8"), str(folder.recipe))[0]
+    except UnicodeDecodeError:
+        written = None
+    if not isinstance(written, dict):
+        raise UsageError(
+            f"{folder.recipe}: holds no recipe; put the run's own back, or start a new run with another name="
+        )
+    old, new = flat(written), flat(parse_yaml(dump(recipe), "recipe.yaml")[0])
     keys = sorted((old.keys() | new.keys()) - {"name", "recipe", "runs_dir"})
     return [f"{key}: {old.get(key)} -> {new.get(key)}" for key in keys if old.get(key) != new.get(key)]
 
@@ -205,7 +224,7 @@ def read_jsonl(file: Path) -> Iterator[dict[str, Any]]:
     for line in lines:
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(row, dict):
             yield row
@@ -214,8 +233,11 @@ def read_jsonl(file: Path) -> Iterator[dict[str, Any]]:
 def cut_jsonl(file: Path, step: int) -> None:
     """Drops the rows after optimizer step `step`, so that a resumed run writes no step twice."""
     if file.exists():
-        kept = [row for row in read_jsonl(file) if row.get("step", 0) <= step]
-        write_atomically(file, "".join(json.dumps(row) + "\n" for row in kept))
+        kept = [row for row in read_jsonl(file) if not (isinstance(row.get("step"), int) and row["step"] > step)]
+        try:
+            write_atomically(file, "".join(json.dumps(row) + "\n" for row in kept))
+        except OSError as error:
+            raise _cannot_write(error, file) from None
 
 
 def latest_checkpoint(folder: RunFolder) -> Path | None:

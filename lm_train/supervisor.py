@@ -18,6 +18,7 @@ from lm_train.budget import Spending
 from lm_train.errors import ExitCode
 from lm_train.failures import Report, describe_death, peak_memory, read_report, reports, times_out_of_memory
 from lm_train.heartbeat import Board
+from lm_train.interpreter import python
 from lm_train.plan import Place, Plan
 from lm_train.redaction import redacted
 from lm_train.runs import RunFolder
@@ -126,7 +127,7 @@ class Supervisor:
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(self.plan.threads_per_rank)),
         }
         command = [
-            sys.executable,
+            *python(),
             "-m",
             "lm_train.rank",
             str(self.folder.root),

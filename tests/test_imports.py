@@ -16,6 +16,7 @@ import lm_train
 ROOMS = (
     "errors",
     "heartbeat",
+    "interpreter",
     "redaction",
     "signals",
     "output",
@@ -73,6 +74,7 @@ IMPORT_WHEN_CALLED = ("cli", "rank")
 WITHOUT_TORCH = (
     "errors",
     "heartbeat",
+    "interpreter",
     "redaction",
     "signals",
     "ledger",

@@ -99,7 +99,7 @@ def test_words_pass_through_the_scripts_as_they_are(checkout: Path) -> None:
     for script in ("launch/train.sh", "slurm/train.sbatch", "slurm/debug.sbatch"):
         done, words = run_script(checkout, script, *WORDS, **(JOB if script.startswith("slurm") else {}))
         debug = ["debug=true"] if "debug" in script else []
-        assert (done.returncode, words) == (0, ["-m", "lm_train", "train", *debug, *WORDS]), (script, done.stderr)
+        assert (done.returncode, words) == (0, ["-P", "-m", "lm_train", "train", *debug, *WORDS]), (script, done.stderr)
     assert not list(checkout.parent.rglob("canary"))
 
 
@@ -112,7 +112,7 @@ def test_a_line_of_an_array_is_words_and_no_code(checkout: Path) -> None:
         encoding="utf-8",
     )
     asked = ("slurm/array.sbatch", str(lines), "recipe=gpt_debug")
-    start = ["-m", "lm_train", "train", "recipe=gpt_debug"]
+    start = ["-P", "-m", "lm_train", "train", "recipe=gpt_debug"]
     _, words = run_script(checkout, *asked, SLURM_ARRAY_TASK_ID="1", **JOB)
     assert words == [*start, "seed=1", "tracking.group=a b", "tracking.project=c d", "e f"]
     _, words = run_script(checkout, *asked, SLURM_ARRAY_TASK_ID="2", **JOB)

@@ -15,6 +15,7 @@ row and one period between rows more, the longest it can have gone on in silence
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -148,10 +149,11 @@ class Account:
         starts: dict[int, Start] = {}
         for row in _rows(folder.budget):
             number = row["start"]
-            if row["event"] == "began":
-                starts[number] = Start(number, _tariff(row), dict(row.get("limits", {})))
-            if number in starts:
-                starts[number].take(row)
+            with contextlib.suppress(KeyError, TypeError, ValueError):  # not as this program writes them
+                if row["event"] == "began":
+                    starts[number] = Start(number, _tariff(row), dict(row.get("limits", {})))
+                if number in starts:
+                    starts[number].take(row)
         return cls([start for number, start in sorted(starts.items()) if before is None or number < before])
 
     @property

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import statistics
 import subprocess
-import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 from lm_train.clusters import Cluster
 from lm_train.errors import LMTrainError, UsageError
+from lm_train.interpreter import python
 from lm_train.plan import Plan, TimePrediction
 from lm_train.plan.given import made_for
 from lm_train.recipe import Recipe, dump, load
@@ -91,7 +91,7 @@ def probe_step(recipe: Recipe, plan: Plan, cluster: Cluster, allocation: Allocat
         plan_file.write_text(frozen.model_dump_json(), encoding="utf-8")
         words = [*(word for word in words if word != "plan=null"), f"plan={plan_file}"]
         done = subprocess.run(
-            [sys.executable, "-m", "lm_train", "train", *words],
+            [*python(), "-m", "lm_train", "train", *words],
             capture_output=True,
             text=True,
             check=False,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from lm_train.calibrate.table import table
 from lm_train.clusters import Cluster, find
 from lm_train.errors import ExitCode, LMTrainError, OutputError, UsageError
 from lm_train.hardware import Machine, this_machine
+from lm_train.interpreter import python
 from lm_train.plan.rates import Calibration, calibrations_folder
 from lm_train.plan.rates.calibration import Disk, Setting, Training, file_name, processor, torch_version
 from lm_train.recipe import ClusterSection
@@ -215,7 +215,7 @@ def _run(works: Sequence[Work], folder: Path, patience: float = PATIENCE_S) -> d
         environment = {**os.environ, "OMP_NUM_THREADS": str(work.threads), "OMP_WAIT_POLICY": "PASSIVE"}
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):  # these processes meet by themselves
             environment.pop(name, None)
-        command = [sys.executable, "-m", "lm_train.calibrate.worker", work.model_dump_json(), str(out)]
+        command = [*python(), "-m", "lm_train.calibrate.worker", work.model_dump_json(), str(out)]
         with (folder / f"log-{work.rank}").open("wb") as log:
             processes.append(
                 subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log)

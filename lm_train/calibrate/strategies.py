@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 from lm_train.clusters import Cluster
 from lm_train.hardware import Machine
+from lm_train.interpreter import python
 from lm_train.plan import Layout, known_facts, make_plan, parameter_shapes
 from lm_train.plan.duration import own_passes, time_of
 from lm_train.plan.rates import Calibration, MeasuredRates
@@ -74,7 +74,7 @@ def strategy_costs(calibration: Calibration, cluster: Cluster, folder: Path, unt
 def _measured(words: list[str], root: Path) -> float | None:
     """Seconds of a step of a real training, the quickest of its stretches; None if it failed."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "lm_train", "train", *words]
+    command = [*python(), "-m", "lm_train", "train", *words]
     done = subprocess.run(command, env=environment, capture_output=True, check=False)
     rows = [row for row in read_jsonl(RunFolder(root).metrics) if row.get("step", 0) > ROWS]
     seconds = [row["perf/step_seconds"] for row in rows if "perf/step_seconds" in row]

@@ -85,6 +85,8 @@ class TokenFile:
             return info if self.file.stat().st_size == info.tokens * self.dtype.itemsize else None
         except (FileNotFoundError, NotADirectoryError):
             return None
+        except (ValueError, TypeError):  # not what was written: it is made anew
+            return None
 
     def available(self) -> int:
         """Tokens that can be read now."""
@@ -179,7 +181,10 @@ def _tokenizer_of_corpus(section: EmbeddedData | TextData, source: Source) -> To
             else:
                 tokenizer = make_char_tokenizer(texts)
             write_text(file, tokenizer.to_str())
-    return Tokenizer.from_file(str(file))
+    try:
+        return Tokenizer.from_file(str(file))
+    except Exception as error:  # tokenizers raises plain Exception
+        raise DataError(f"{file}: damaged ({str(error)[:100]}); remove it, and it is made anew") from None
 
 
 def _first(texts: Iterator[str], characters: int) -> Iterator[str]:

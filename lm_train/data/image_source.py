@@ -230,8 +230,10 @@ def _contents(files: Sequence[Path]) -> str:
         stat = file.stat()
         identity.update(f"{file.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}\0{stat.st_ino}\0".encode())
     memo = cache_folder() / "hashes" / identity.hexdigest()
-    with suppress(OSError):
-        return memo.read_text(encoding="utf-8")
+    with suppress(OSError, UnicodeDecodeError):
+        known = memo.read_text(encoding="utf-8")
+        if len(known) == 32 and known.isalnum():
+            return known
     digest = hashlib.blake2b(digest_size=16)
     for file in files:
         digest.update(file.stat().st_size.to_bytes(8, "little"))

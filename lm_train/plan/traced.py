@@ -12,7 +12,6 @@ import importlib.util
 import json
 import os
 import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from lm_train import plugins
 from lm_train.errors import UsageError
+from lm_train.interpreter import python
 from lm_train.plan.counts import Shapes
 from lm_train.plan.facts import DataFacts
 from lm_train.plan.layout import Layout
@@ -226,7 +226,7 @@ def _ask(recipe: Recipe, facts: DataFacts, cases: Sequence[_Case], timeout_s: fl
         request = Request(recipe=str(file), facts=facts, layouts=layouts, sizes=sizes)
         try:
             done = subprocess.run(
-                [sys.executable, "-m", "lm_train.trace"],
+                [*python(), "-m", "lm_train.trace"],
                 input=request.model_dump_json().encode(),
                 capture_output=True,
                 timeout=timeout_s,

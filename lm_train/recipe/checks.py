@@ -247,5 +247,7 @@ def _path_conflicts(recipe: Recipe) -> Iterator[Conflict]:
             [("resume",)],
             f"expected auto, never, or a run or checkpoint; no such folder: {shown(recipe.resume)}{hint}",
         )
-    if exists(recipe.runs_dir) and not Path(recipe.runs_dir).is_dir():
+    if not recipe.runs_dir.isprintable():
+        yield [("runs_dir",)], f"runs_dir: expected the path of a folder; got {shown(recipe.runs_dir)}"
+    elif exists(recipe.runs_dir) and not Path(recipe.runs_dir).is_dir():
         yield [("runs_dir",)], f"{recipe.runs_dir} is a file; name a folder"
