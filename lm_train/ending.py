@@ -1,4 +1,4 @@
-"""Where a run ends: what the plan could not know, from the data, the checkpoint and the account."""
+"""Where a run ends, and what it leaves out on the way: what the plan could not know, from data, checkpoint and run folder."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ from typing import Any
 
 import torch.distributed as dist
 
+from lm_train import anomalies
+from lm_train.anomalies import RollBackRow
 from lm_train.budget import Account
 from lm_train.checkpoint import CheckpointReader
 from lm_train.data import DataModule
 from lm_train.data.batches import Split
+from lm_train.data.order import Skipped, first_position, joined
 from lm_train.errors import UsageError
 from lm_train.horizon import Correction, Horizon, affordable_steps, recorded_after, steps_of_epochs
 from lm_train.plan import Plan
@@ -43,6 +46,30 @@ def find_horizon(
         dist.broadcast_object_list(found, src=0)  # rank 0's reading counts: a file server may show others an older file
     max_steps, recorded = found[0]
     return Horizon(max_steps, moves=True, recorded=recorded)
+
+
+def find_skipped(
+    plan: Plan, checkpoint: CheckpointReader | None, folder: RunFolder
+) -> tuple[Skipped, list[RollBackRow], bool]:
+    """The global positions that this start leaves out, the same on all ranks.
+
+    Args:
+        plan: of this start.
+        checkpoint: from which the run goes on.
+        folder: of the run.
+
+    Returns:
+        The positions; the run's earlier rollbacks; and whether any of them leaves out more than the checkpoint knew of.
+    """
+    known = joined(() if checkpoint is None else checkpoint.state.get("skipped", ()))
+    found: list[Any] = [anomalies.rollbacks(folder.anomalies)]
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        dist.broadcast_object_list(found, src=0)  # rank 0's reading counts: a file server may show others an older file
+    rows: list[RollBackRow] = found[0]
+    step = 0 if checkpoint is None else int(checkpoint.state["step"])
+    new = anomalies.ahead(rows, first_position(step, plan.global_batch_size, known))
+    skipped = joined((*known, *new))
+    return skipped, rows, skipped != known
 
 
 def _epochs(epochs: float, data: DataModule, step: int) -> int:

@@ -35,6 +35,7 @@ class RunFolder:
         self.metrics = self.root / "metrics.jsonl"
         self.ledger = self.root / "ledger.jsonl"
         self.starts = self.root / "starts.jsonl"
+        self.anomalies = self.root / "anomalies.jsonl"
         self.budget = self.root / "budget.jsonl"
         self.checkpoints = self.root / "checkpoints"
         self.evaluation = self.root / "evaluation"

@@ -18,6 +18,7 @@ from torch import nn
 from lm_train import data, heartbeat, models, modules, resume, runs
 from lm_train.budget import Spending, rank_spending
 from lm_train.callbacks import (
+    Anomalies,
     BudgetGuard,
     Checkpoints,
     DebugChecks,
@@ -26,6 +27,7 @@ from lm_train.callbacks import (
     Ledger,
     Metrics,
     Progress,
+    Replicas,
     Sample,
     StopAgreement,
 )
@@ -34,8 +36,7 @@ from lm_train.callbacks.debugging import overfit_one_batch
 from lm_train.callbacks.metrics import forget_peak
 from lm_train.checkpoint import CheckpointReader, group_of_all, open_agreed, seed_random, set_initial_weights, views_of
 from lm_train.data import DataModule, MaskedTextDataModule, PairDataModule, TextDataModule
-from lm_train.data.order import joined
-from lm_train.ending import closing_batches, find_horizon
+from lm_train.ending import closing_batches, find_horizon, find_skipped
 from lm_train.errors import CheckpointError, ExitCode
 from lm_train.generate import sample_guesses, sample_pairs, sample_text
 from lm_train.heartbeat import Phase
@@ -100,7 +101,7 @@ def _train(
     forget_peak()
     horizon = find_horizon(recipe, plan, datamodule, checkpoint, folder)
     datamodule.horizon = horizon
-    datamodule.skipped = joined(checkpoint.state.get("skipped", ()) if checkpoint is not None else ())
+    datamodule.skipped, rollbacks, is_new = find_skipped(plan, checkpoint, folder)
     done_before = checkpoint is not None and (
         checkpoint.state["step"] >= horizon.max_steps or has_stopped_early(checkpoint.state, recipe)
     )
@@ -112,18 +113,24 @@ def _train(
     weights = drawn(recipe.seed) if hasattr(net, "fill") else built_anew(recipe.seed, build_whole)
     module = modules.build(net, recipe, plan, datamodule)
     module.horizon = horizon
+    if recipe.trainer.spike_threshold is not None:
+        module.watch_spikes(recipe.trainer.spike_threshold, recipe.trainer.spike_window)
     if plan.compile:
         compile_network(net, plan)
 
     n_parameters = sum(p.numel() for p in net.parameters())
     budget = BudgetGuard(spending, plan, recipe, horizon, closing_batches(datamodule, recipe, rank))
-    ledger = Ledger(folder)
+    earlier = checkpoint.state.get("anomalies", {}) if checkpoint is not None else {}
+    anomalies = Anomalies(
+        folder, recipe.trainer, plan, datamodule, rollbacks, earlier | ({"streak": None} if is_new else {})
+    )
+    ledger, replicas = Ledger(folder, [anomalies.hear]), Replicas(plan, recipe.trainer.replica_check_every_n_steps)
     metrics = Metrics(
         plan,
         ledger,
         flops_per_sample(recipe.model, plan.task, datamodule.facts, n_parameters),
         recipe.trainer.log_every_n_steps,
-        budget.metrics,
+        lambda: budget.metrics() | anomalies.metrics(),
     )
     fingerprint = datamodule.fingerprint
     saving = Checkpoints(
@@ -139,9 +146,11 @@ def _train(
             "global_batch_size": plan.global_batch_size,
             "data": fingerprint,
             "skipped": datamodule.skipped,
+            "anomalies": anomalies.state() | {"window": module.anomaly_window()},
             "module": module.saved_state(),
         },
         saved=budget.saved,
+        before=replicas.compare,
     )
     progress = Progress(metrics, budget)
     budget.say = progress.line
@@ -174,6 +183,8 @@ def _train(
                 *([_ExactStart(weights)] if checkpoint is None and casts_initial_weights(plan) else []),
                 Heartbeats(plan.compile),
                 ledger,
+                anomalies,
+                replicas,
                 budget,
                 StopAgreement(budget),
                 evaluation,
@@ -223,6 +234,7 @@ class _Restore(L.Callback):
         self.checkpoint.load(views_of(pl_module.net, trainer.optimizers[0], trainer.global_rank, trainer.world_size))
         restore_state(trainer, self.checkpoint.state)
         pl_module.restore_state(self.checkpoint.state.get("module", {}))
+        pl_module.restore_anomaly_window(self.checkpoint.state.get("anomalies", {}).get("window"))
 
 
 class _ExactStart(L.Callback):

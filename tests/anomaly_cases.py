@@ -9,13 +9,15 @@ from typing import Any
 
 import lightning.pytorch as L
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lm_train import signals
 from lm_train.checkpoint import views_of
+from lm_train.errors import LMTrainError
 from lm_train.modules import TrainingModule
 from lm_train.optim import build_optimizer
+from lm_train.plan import DataFacts
 from lm_train.runs import RunFolder
 from lm_train.strategy.buffers import persistent_buffers
 from lm_train.train import train
@@ -131,3 +133,49 @@ def spoilt_run(
         TrainingModule.configure_optimizers = before  # type: ignore[method-assign]
         signals.forget()
     return {"code": int(code), "digests": {str(step): value for step, value in digests.found.items()}}
+
+
+class Flip(L.Callback):
+    """Flips the lowest bit of one parameter's element on one rank, with a step's update."""
+
+    def __init__(self, step: int, rank: int) -> None:
+        self.step, self.rank = step, rank
+
+    def on_train_start(self, trainer: Any, pl_module: TrainingModule) -> None:
+        update = pl_module.optimizer_step
+
+        def flipping(*args: Any) -> None:
+            update(*args)
+            if trainer.global_step + 1 == self.step and trainer.global_rank == self.rank:
+                list(pl_module.net.parameters())[3].data.view(-1)[:1].view(torch.int32).bitwise_xor_(1)
+
+        pl_module.optimizer_step = flipping  # type: ignore[method-assign]
+
+
+def flipped_run(folder: str, step: int, rank: int) -> dict[str, Any]:
+    """Trains with a bit flipped after a step; the error's text under "error"."""
+    signals.forget()
+    try:
+        return {"code": int(train(RunFolder(folder), None, [Flip(step, rank)]))}
+    except LMTrainError as error:
+        return {"error": str(error)}
+    finally:
+        signals.forget()
+
+
+class PoisonedNet(nn.Module):
+    """A language model of a user's own whose output is not a number where one of some blocks of tokens is in its batch."""
+
+    def __init__(self, vocab_size: int, bad: list[list[int]]) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vocab_size, 16)
+        self.head = nn.Linear(16, vocab_size)
+        self.bad = bad
+
+    def forward(self, x: Tensor) -> Tensor:
+        spoilt = self.training and any(row in self.bad for row in x.tolist())
+        return self.head(self.embedding(x)) * (float("nan") if spoilt else 1.0)
+
+
+def poisoned_net(facts: DataFacts, bad: list[list[int]]) -> nn.Module:
+    return PoisonedNet(facts.vocab_size, bad)  # type: ignore[arg-type]

@@ -36,6 +36,7 @@ from lm_train.recipe import load
 from lm_train.runs import RunFolder
 from lm_train.strategy import LaunchedRank, build_strategy, drawn
 from lm_train.train import _quieten, train
+from tests.anomaly_cases import flipped_run as flipped_run
 from tests.anomaly_cases import spoilt_run as spoilt_run
 
 

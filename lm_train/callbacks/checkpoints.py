@@ -49,6 +49,7 @@ class Checkpoints(L.Callback):
         ledger: which has all steps of a checkpoint on disk before it is published.
         metrics: whose clock does not count the saving.
         state: values for state.json beyond the counters.
+        before: called on every rank before a save, which does not come about if it raises.
         saved: told the step of each save, the seconds for which the training stood still for it, and those until it was
             published, or None for these as long as it is under way.
     """
@@ -61,9 +62,10 @@ class Checkpoints(L.Callback):
         metrics: Metrics,
         state: Callable[[], dict[str, Any]],
         saved: Callable[[int, float, float | None], None],
+        before: Callable[[StepTrainer, TrainingModule], None] = lambda trainer, module: None,
     ) -> None:
         self.section, self.folder, self.ledger, self.metrics = section, folder, ledger, metrics
-        self.state, self.saved = state, saved
+        self.state, self.saved, self.before = state, saved, before
         self.writer, self.memory = Writer(), HostMemory()
         self._saved_step: int | None = None
         self._blocked = 0.0
@@ -152,6 +154,7 @@ class Checkpoints(L.Callback):
         began = time.monotonic()
         self.metrics.pause()  # waits for the device
         self.ledger.write(trainer, module, durable=True)
+        self.before(trainer, module)
         self._take(self.writer.finish())
         target = self.folder.checkpoints / f"step-{step}"
         state = {"step": step, **_state_of(trainer), **self.state()}

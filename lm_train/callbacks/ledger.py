@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import lightning.pytorch as L
 import torch
@@ -22,6 +22,9 @@ ROOM = 1024
 LOSS, NORM, WITHHELD_FOR, N_VALUES = 0, 1, 2, 3
 
 
+Hearer = Callable[[Sequence[Row], Mapping[int, Sequence[int]]], None]
+
+
 class Ledger(L.Callback):
     """Writes the run's ledger; see `lm_train.ledger` for what a line says.
 
@@ -34,10 +37,11 @@ class Ledger(L.Callback):
 
     Args:
         folder: of the run.
-        heard: told the rows of each writing, on every rank; `samples` is None on ranks other than 0.
+        heard: told the rows of each writing, when they are in the file, and by step the ranks whose own loss was not finite;
+            on every rank, `samples` is None on ranks other than 0.
     """
 
-    def __init__(self, folder: RunFolder, heard: Sequence[Callable[[Sequence[Row]], None]] = ()) -> None:
+    def __init__(self, folder: RunFolder, heard: Sequence[Hearer] = ()) -> None:
         self.file = folder.ledger
         self.heard = list(heard)
         self.last: Row | None = None
@@ -78,12 +82,11 @@ class Ledger(L.Callback):
             OutputError: if the file cannot be written; only where it must be durable, since until then it can be tried
                 again, and only on rank 0.
         """
+        self._not_finite: dict[int, list[int]] = {}
         rows = self._rows(trainer, module) if self._steps else []
         self._steps.clear()
         if rows:
             self.last = rows[-1]
-            for hear in self.heard:
-                hear(rows)
         if trainer.is_global_zero:
             self._unwritten += rows
             try:
@@ -93,6 +96,9 @@ class Ledger(L.Callback):
                     raise
             else:
                 self._unwritten.clear()
+        if rows:
+            for hear in self.heard:
+                hear(rows, self._not_finite)
 
     def _rows(self, trainer: L.Trainer, module: TrainingModule) -> list[Row]:
         assert self._ring is not None
@@ -108,6 +114,8 @@ class Ledger(L.Callback):
         for i, (step, learning_rate) in enumerate(self._steps):
             values = [rank[i] for rank in ranks]
             loss = sum(v[LOSS] for v in values) / world
+            if not math.isfinite(loss):
+                self._not_finite[step] = [rank for rank, v in enumerate(values) if not math.isfinite(v[LOSS])]
             norm = math.sqrt(sum(v[NORM] ** 2 for v in values)) if is_part else values[0][NORM]
             withheld = WITHHELD[int(max(v[WITHHELD_FOR] for v in values))]
             samples = None

@@ -65,6 +65,8 @@ class TrainingModule(L.LightningModule, ABC):
         self.input_type = _input_type(plan)
         self._reached_all = False
         self.withholding = Withholding(net)
+        self._spike_options: tuple[float, int] | None = None
+        self._loss_carrier: nn.Parameter | None = None
 
     def watch_spikes(self, threshold: float, window: int) -> None:
         """Withholds the updates of losses that stand out; see `SpikeRule`. Before the strategy sees the module.
@@ -75,9 +77,6 @@ class TrainingModule(L.LightningModule, ABC):
         self._spike_options = threshold, window
         if self.plan.strategy == "ddp" and self.plan.precision in ("32-true", "bf16-mixed"):
             self._loss_carrier = nn.Parameter(torch.zeros(()))
-
-    _spike_options: tuple[float, int] | None = None
-    _loss_carrier: nn.Parameter | None = None
 
     def _make_spike_rule(self) -> None:
         if self._spike_options is not None and self.withholding.spikes is None:

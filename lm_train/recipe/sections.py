@@ -158,6 +158,17 @@ class TrainerSection(Section):
     restarts_without_progress: Count | None = 3
     """Starts that may follow one another from the same checkpoint, each ended early, before the run is given up with exit code
     76; the same failure at the same step again is given up at once. null: never."""
+    nonfinite_patience: PositiveInt | None = 3
+    """Updates in a row that are withheld since loss or gradient is not finite, after which the run goes back to its newest
+    checkpoint and leaves their data out; null: never."""
+    spike_threshold: Annotated[float, Field(gt=0)] | None = None
+    """Loss, in deviations above the median of the good losses before it, from which on an update is withheld; null: never."""
+    spike_window: Annotated[int, Field(ge=8, le=1024)] = 64
+    """Good losses that this looks back on."""
+    spike_patience: PositiveInt | None = 10
+    """As nonfinite_patience, for updates withheld for either reason."""
+    replica_check_every_n_steps: PositiveInt | None = 1000
+    """Optimizer steps between two comparisons of the ranks' parameters, also compared before each save; null: never."""
     deterministic: bool = False
     """Refuse operations without a deterministic implementation."""
     sample_tokens: Count = 120
