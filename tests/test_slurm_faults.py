@@ -17,7 +17,7 @@ from tests.test_slurm import CLUSTER, ENDLESS, Site, pid_of_rank, steps
 
 pytestmark = [pytest.mark.slow, test_slurm.pytestmark]
 cluster, site = test_slurm.cluster, test_slurm.site
-LONG = ("trainer.max_steps=4000", "trainer.log_every_n_steps=20", "checkpoint.every_n_steps=200")
+LONG = ("trainer.max_steps=1500", "trainer.log_every_n_steps=20", "checkpoint.every_n_steps=100")
 
 
 def submit(site: Site, *options: str, words: tuple[str, ...] = ENDLESS) -> tuple[str, RunFolder]:
@@ -55,7 +55,7 @@ def test_a_run_requeued_by_hand_and_preempted_by_another_partition_has_the_ledge
 
 
 def test_a_lost_node_ends_the_step_and_the_job_goes_on_elsewhere(site: Site) -> None:
-    words = (*LONG, "checkpoint.every_n_steps=50")
+    words = (*LONG, "checkpoint.every_n_steps=50", "trainer.max_steps=600")
     job, run = submit(site, "--nodes=2", "--exclude=n1", words=words)
     site.wait("a checkpoint", lambda: (run.checkpoints / "latest").exists(), job)
     folder = Path(site.environment["SLURM_CONF"]).parent
