@@ -113,7 +113,7 @@ class TimeLimit:
     Args:
         job_id: whose limit.
         reserve_s: seconds that the run needs to save and end; of a short job at most a quarter of what is left now.
-        ask: seconds that a job has left, None where Slurm does not say or there is no limit.
+        ask: seconds that a job has left, None where Slurm does not say.
     """
 
     def __init__(self, job_id: str, reserve_s: float, ask: Callable[[str], float | None] | None = None) -> None:
@@ -126,17 +126,21 @@ class TimeLimit:
         """Whether it is time to save; a limit that was prolonged meanwhile counts as it is now."""
         if time.monotonic() < self._until - self.reserve_s:
             return False
-        self._until = _from_now(self.ask(self.job_id))
+        left = self.ask(self.job_id)
+        if left is not None:  # else what Slurm has said before holds
+            self._until = _from_now(left)
         return time.monotonic() >= self._until - self.reserve_s
 
 
 def seconds_left(job_id: str) -> float | None:
-    """Until the time limit of a job, as Slurm's controller says; None where it has none or cannot be asked from here."""
+    """Until the time limit of a job, as Slurm's controller says; infinite without one; None where it cannot be asked."""
     command = ["squeue", "--noheader", f"--jobs={job_id}", "--format=%L"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, stdin=subprocess.DEVNULL)
     except (OSError, subprocess.TimeoutExpired):
         return None
+    if done.stdout.strip() == "UNLIMITED":
+        return float("inf")
     match = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", done.stdout.strip())
     if match is None:
         return None

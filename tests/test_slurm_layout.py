@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import pytest
 
+from lm_train import slurm
 from lm_train.errors import UsageError
 from lm_train.hardware import GPU, Machine
 from lm_train.plan import Place, Plan, make_plan, places
 from lm_train.recipe import load
 from lm_train.runs import run_name
-from lm_train.slurm import Allocation, current_allocation, node_names
+from lm_train.slurm import Allocation, TimeLimit, current_allocation, node_names, seconds_left
 
 CPU = Machine(cpu_cores=8, gpus=())
 
@@ -181,3 +185,42 @@ def test_node_names() -> None:
         "n1", "n2", "n08", "login", "r1n09", "r1n10", "r2n09", "r2n10"
     ]  # fmt: skip
     assert node_names("") == []
+
+
+@pytest.mark.parametrize(
+    ("says", "seconds"),
+    [
+        ("echo 1-02:03:04", 93784.0),
+        ("echo 2:03:04", 7384.0),
+        ("echo 0:59", 59.0),
+        ("echo UNLIMITED", float("inf")),
+        ("echo INVALID", None),
+        ("echo no such job >&2; exit 1", None),
+    ],
+)
+def test_what_slurm_says_of_a_jobs_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, says: str, seconds: float | None
+) -> None:
+    (tmp_path / "squeue").write_text(f"#!/bin/sh\n{says}\n")
+    (tmp_path / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert seconds_left("7") == seconds
+
+
+def test_a_time_limit_is_near_when_saving_needs_the_rest_and_is_asked_for_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(slurm.time, "monotonic", lambda: clock[0])
+    left: list[float | None] = [1000.0]
+    limit = TimeLimit("7", 60.0, lambda job: left[0])
+    clock[0] = 939.0
+    assert not limit.is_near()
+    clock[0], left[0] = 941.0, 5000.0
+    assert not limit.is_near(), "it was prolonged"
+    clock[0], left[0] = 5890.0, 51.0
+    assert limit.is_near()
+    left[0] = None
+    assert limit.is_near(), "nobody answers: what was known holds"
+    assert TimeLimit("7", 60.0, lambda job: 60.0).reserve_s == 15, "of a short job not the whole"
+    assert not TimeLimit("7", 60.0, lambda job: None).is_near()
