@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from lm_train import anomalies, ledger
+from lm_train import anomalies, data, ledger
 from lm_train.anomalies import RollBackRow
-from lm_train.errors import NoProgressError, RollBack
+from lm_train.errors import ExitCode, NoProgressError, RollBack
+from lm_train.plan import Plan
+from lm_train.recipe import load
 from lm_train.runs import RunFolder, read_jsonl
 from tests.anomaly_cases import spoilt_run
-from tests.conftest import Ranks
+from tests.conftest import TINY, Ranks
 
 NewRun = Callable[..., RunFolder]
 WITHOUT_END = ("trainer.limit_val_batches=0",)
@@ -207,3 +213,46 @@ def test_rows_of_steps_done_again_are_dropped_but_for_rollbacks(tmp_path: Path) 
     assert anomalies.ahead([row], 40) == [(48, 72)]
     assert anomalies.ahead([row], 56) == [(56, 72)]
     assert anomalies.ahead([row], 72) == []
+
+
+@pytest.fixture
+def train_spoilt(tmp_path: Path, text_file: Path, new_run: NewRun) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """A run as a person starts it, of a network that a block of the text in each of some steps' batches makes no number."""
+
+    def run(steps: Sequence[int], *words: str) -> subprocess.CompletedProcess[str]:
+        plain = new_run("trainer.max_steps=16", name="plain")
+        recipe, plan = load([f"recipe={plain.recipe}"]), Plan.read(plain.plan)
+        module = data.build(recipe.data, plan, recipe.seed, plain)
+        module.prepare(recipe.model)
+        batches = module.train_batches(0)
+        bad = [batches[(step - 1) * plan.accumulate_grad_batches]["tokens"][0].tolist() for step in steps]
+        net = f'{{kind: custom, factory: "tests.anomaly_cases:poisoned_net", block_size: 16, args: {{bad: {json.dumps(bad)}}}}}'
+        given = dict(word.split("=", 1) for word in (*TINY, f"data.path={text_file}", *WITHOUT_END, *words))
+        given |= {"model": net, "runs_dir": str(tmp_path), "name": "run", "plugins": "tests"}
+        return subprocess.run(
+            [sys.executable, "-m", "lm_train", "train", *(f"{key}={value}" for key, value in given.items())],
+            env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}, capture_output=True, text=True, timeout=240,
+        )  # fmt: skip
+
+    return run
+
+
+@pytest.mark.parametrize("devices", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_run_goes_back_by_itself(tmp_path: Path, train_spoilt: Any, devices: int) -> None:
+    """Data that give no number: three steps in a row are withheld, the run goes back, leaves them out and comes to its end."""
+    ended = train_spoilt([6, 7, 8], "trainer.max_steps=12", "checkpoint.every_n_steps=4", f"trainer.devices={devices}")
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stderr.count("going back to the newest checkpoint") == 1
+    folder = RunFolder(tmp_path / "run")
+    assert [row.step for row in ledger.read(folder.ledger)] == list(range(1, 13))
+    assert not any(row.withheld for row in ledger.read(folder.ledger))
+    assert json.loads((folder.checkpoints / "step-12" / "state.json").read_text())["skipped"] == [[80, 128]]
+
+
+@pytest.mark.slow
+def test_a_run_that_goes_back_in_vain_ends_with_76(tmp_path: Path, train_spoilt: Any) -> None:
+    ended = train_spoilt(range(6, 16), "trainer.max_steps=12", "checkpoint.every_n_steps=4")
+    assert ended.returncode == ExitCode.NO_PROGRESS, ended.stderr
+    assert [line for line in ended.stderr.splitlines() if "after the run had gone back" in line]
+    assert "Traceback" not in ended.stderr
+    assert json.loads((tmp_path / "run" / "checkpoints" / "latest").read_text())["step"] == 4
