@@ -185,8 +185,8 @@ def join(environ: MutableMapping[str, str] = os.environ) -> None:
 
 
 def here() -> dict[str, int | str]:
-    """What this rank's last beat said, for its own report of an error."""
-    return {} if _pulse is None else {"step": _pulse.step, "phase": _pulse.phase.in_words}
+    """What this rank's last beat said, for its own report of an error; nothing before the training."""
+    return {} if _pulse is None or _pulse.step < 0 else {"step": _pulse.step, "phase": _pulse.phase.in_words}
 
 
 def leave() -> None:

@@ -216,7 +216,7 @@ class Supervisor:
                 report = describe_death(place.rank, rank.returncode, board.read(), board.stacks(), held, out)
                 report.write(self.folder)
                 self._keep_stacks(index)
-            elif not report.phase:
+            elif not report.phase and board.read().step >= 0:
                 report = report.at(board.read())
             failures.append((0 if rank.returncode < 0 else 2 if report.is_cut_off else 1, report))
         return min(failures)[1] if failures else None
