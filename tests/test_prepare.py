@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,8 +20,10 @@ import pytest
 from lm_train import signals
 from lm_train.cli import main
 from lm_train.data import source
+from lm_train.data.hub import HubDataset
 from lm_train.data.shards import UNFINISHED, read_index, read_manifest, read_tokenizer
 from lm_train.prepare import units
+from lm_train.prepare.work import Worker
 from tests.text_data import write_jsonl
 
 Prepare = Callable[..., int]
@@ -344,6 +346,60 @@ def test_tables_are_read_without_torch(tmp_path: Path, cache: Path) -> None:
     code, err = ended(start(file, tmp_path / "out", "data.tokenizer=bytes"))
     assert code == 0, err
     assert "text number 0, with a comma" in texts_of(tmp_path / "out", "train")
+
+
+class Hub:
+    """Stands for the `datasets` package: one data set of three hundred rows; its connection may break."""
+
+    def __init__(self, rows: int) -> None:
+        self.rows, self.asked = rows, []  # type: ignore[var-annotated]
+
+    def load_dataset(self, path: str, subset: str | None, *, split: str, streaming: bool) -> Hub:
+        self.asked.append((path, subset, split, streaming))
+        self.size = 300 if split == "train" else 20
+        return self
+
+    def iter(self, batch_size: int) -> Iterator[dict[str, list[str]]]:
+        for i in range(0, self.size, 10):
+            if self.size > 20 and i >= self.rows:
+                raise ConnectionError("the line is dead")
+            yield {"text": [f"row {self.size} {i + k} " + "of the set " * 20 for k in range(10)]}
+
+
+def test_a_stream_of_the_hub_goes_on_after_its_line_was_dead(
+    prepare: Prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(source, "find_dataset", lambda path, subset: HubDataset("rev", ["train", "validation"]))
+    monkeypatch.setattr(units, "UNIT_CHARACTERS", 5000)
+    hub = Hub(rows=300)
+    monkeypatch.setattr(source, "quiet_datasets", lambda: hub)
+    assert prepare("someone/texts", tmp_path / "whole") == 0
+    assert hub.asked == [("someone/texts", None, "train", True), ("someone/texts", None, "validation", True)]
+    assert len(texts_of(tmp_path / "whole", "train")) == 300
+    hub.rows = 170
+    assert prepare("someone/texts", tmp_path / "broken") == 66
+    assert "someone/texts train after row 170" in capsys.readouterr().err
+    done = {file: file.stat().st_mtime_ns for file in (tmp_path / "broken" / UNFINISHED / "units").iterdir()}
+    assert len(done) > 5
+    hub.rows = 300
+    assert prepare("someone/texts", tmp_path / "broken", "prepare.workers=2") == 0
+    assert contents(tmp_path / "broken") == contents(tmp_path / "whole")
+
+
+def test_what_has_been_done_is_not_done_again(
+    prepare: Prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, out = corpus(tmp_path / "text.jsonl"), tmp_path / "out"
+    monkeypatch.setattr(units, "UNIT_CHARACTERS", 5000)
+    assert ended(start(file, out, program=KILLED_AT.format(at=12, before=False)))[0] == -signal.SIGKILL
+    before = {name for name in contents(out) if name.endswith(".npz")}
+    worked: list[str] = []
+    whole = Worker.work
+    monkeypatch.setattr(Worker, "work", lambda self, unit: (worked.append(unit.name), whole(self, unit)))
+    assert prepare(file, out, "data.tokenizer=bpe:2048") == 0
+    assert worked
+    assert not before & {f"{UNFINISHED}/units/{name}" for name in worked}
+    assert len(before) > 3
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small file system")

@@ -99,7 +99,7 @@ class Preparation:
     def __init__(self, recipe: Recipe, data: EmbeddedData | TextData, folder: PreparedFolder) -> None:
         self.section, self.data, self.folder = recipe.prepare, data, folder
         auto = self.section.workers == "auto"
-        self.workers = len(os.sched_getaffinity(0)) if auto else int(self.section.workers)
+        self.workers = _cores() if auto else int(self.section.workers)
         self.task = Task(folder.work, folder.out, self.section.cleaning, self.section.dedup == "near")
         self.pool = Pool(self.workers)
 
@@ -249,6 +249,8 @@ class Preparation:
             record = read_record(shard_record(work, task.split, task.number))
             shards.setdefault(task.split, []).append(record)
         progress.close(f"{len(tasks):,} shards")
+        for split in set(decided.units) - set(shards):
+            progress.line(f"{split}: nothing is left of it, so that the folder has no such split")
         return shards
 
     def _finish(
@@ -287,6 +289,10 @@ class Preparation:
         write_manifest(out, manifest)
         self.folder.finish()
         return manifest
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _size(unit: Unit | ShardTask) -> int:
