@@ -156,6 +156,18 @@ def test_neither_workers_nor_units_show(prepare: Prepare, tmp_path: Path, monkey
     assert b"@example" not in b"".join(expected.values())
 
 
+def test_characters_have_no_end_of_text(prepare: Prepare, tmp_path: Path) -> None:
+    file, out = write_jsonl(tmp_path / "few.jsonl", ["abc", "cab", "bca", "acb"]), tmp_path / "out"
+    validation = write_jsonl(tmp_path / "val.jsonl", ["abd"])
+    assert prepare(file, out, "data.tokenizer=chars", f"data.val_path={validation}") == 0
+    manifest = read_manifest(out)
+    assert manifest.tokenizer.end_of_text is None
+    train = manifest.splits["train"].shards[0]
+    assert np.fromfile(out / train.name, dtype="<u2").tolist() == [0, 1, 2, 2, 0, 1, 1, 2, 0, 0, 2, 1]
+    assert read_index(out, train).tolist() == [0, 3, 6, 9, 12]
+    assert manifest.tokenizer.vocab_size == 4, "the validation text's characters count"
+
+
 def test_the_table_tells_where_each_document_is(prepare: Prepare, tmp_path: Path) -> None:
     file, out = corpus(tmp_path / "text.jsonl"), tmp_path / "out"
     assert prepare(file, out, *EVERYTHING) == 0

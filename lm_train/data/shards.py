@@ -13,7 +13,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
@@ -22,7 +23,7 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from tokenizers import Tokenizer
 
-from lm_train.data.cache import write_text, writing
+from lm_train.data.cache import writing
 from lm_train.errors import DataError
 
 FORMAT: Final = 1
@@ -155,7 +156,8 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     Raises:
         OutputError: if it cannot be written.
     """
-    write_text(folder / MANIFEST, json.dumps(manifest.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n")
+    content = json.dumps(manifest.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n"
+    write_whole(folder / MANIFEST, content.encode())
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -299,7 +301,7 @@ def write_shard(
     partial = folder / f".{name}.partial"
     whole, sums, held = hashlib.blake2b(digest_size=16), bytearray(), bytearray()
     starts, tokens, max_id = [], 0, -1
-    with writing(file), partial.open("wb") as out:
+    with writing(file), removed_on_failure(partial), partial.open("wb") as out:
         for ids in documents:
             starts.append(tokens)
             tokens += len(ids)
@@ -337,12 +339,23 @@ def write_whole(file: Path, content: bytes) -> None:
         OutputError: if it cannot be written.
     """
     partial = file.with_name(f".{file.name}.partial")
-    with writing(file):
+    with writing(file), removed_on_failure(partial):
         with partial.open("wb") as out:
             out.write(content)
             out.flush()
             os.fsync(out.fileno())
         partial.replace(file)
+
+
+@contextmanager
+def removed_on_failure(partial: Path) -> Iterator[None]:
+    """Gives a full disk its room back."""
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise
 
 
 def _put(write: Any, block: bytes, whole: Any, sums: bytearray) -> None:

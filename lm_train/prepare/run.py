@@ -203,7 +203,8 @@ class Preparation:
         known = self.folder.work / "units.json"
         if known.exists():
             counted: dict[Split, int] = json.loads(known.read_text(encoding="utf-8"))
-            return counted
+            if all(self.task.file_of(split, i).exists() for split, n in counted.items() for i in range(n)):
+                return counted
         files: list[Path] = []
         progress = Progress("cleaning and tokenising", source.size)
         units = self._missing(source, self.folder.work / "units", progress, files)

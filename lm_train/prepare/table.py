@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from lm_train import signals
 from lm_train.data.cache import writing
 from lm_train.data.readers import Split
-from lm_train.data.shards import DOCUMENTS, Shard
+from lm_train.data.shards import DOCUMENTS, Shard, removed_on_failure
 from lm_train.prepare.deciding import Decided
 from lm_train.prepare.units import DoneFile
 
@@ -47,7 +47,7 @@ def write_documents(folder: Path, decided: Decided, shards: dict[Split, Sequence
     """
     file = folder / DOCUMENTS
     partial = file.with_name(f".{file.name}.partial")
-    with writing(file):
+    with writing(file), removed_on_failure(partial):
         with pq.ParquetWriter(partial, _SCHEMA) as out:
             _write(out, decided, shards)
         with partial.open("rb") as written:
