@@ -170,6 +170,17 @@ def test_a_tally_in_parts_is_the_tally_of_the_whole() -> None:
     assert [example["where"] for example in whole.removed["emails"].examples] == ["row 0", "row 3", "row 4"]
 
 
+def test_a_document_counts_once_for_a_rule() -> None:
+    cleaning = Cleaning(["c4"])
+    three = "This line has five words.\n" * 3
+    assert cleaning(f"Menu\n{three}", "a") == three.strip()
+    assert cleaning("One. Two. Three.\nThis line has five words.", "b") is None
+    removed = cleaning.removed["c4"]
+    assert (removed.documents, removed.dropped) == (2, 1)
+    assert removed.characters == len("Menu\n") + len("One. Two. Three.\nThis line has five words.")
+    assert removed.reasons == {"fewer than three sentences": 1}
+
+
 def test_repeated_lines() -> None:
     documents = [f"Subscribe to our newsletter\nbody number {i} is unlike\n  }}\n" for i in range(12)]
     documents += ["body of another sort\nSubscribe to our newsletter\nSubscribe to our newsletter"]

@@ -109,8 +109,9 @@ class Cleaning:
                     reason = c4_document(text)
                     if reason is None:
                         text, gone = c4_lines(text)
-                        self._lines(rule, where, gone)
                         reason = c4_document(text)
+                        if reason is None:  # a document that goes is counted whole
+                            self._lines(rule, where, gone)
                 case _:
                     text = _EDITS[rule](text)
                     if text != before:
