@@ -214,10 +214,10 @@ data.tokenizer=nowhere/tokenizer.json -> data.tokenizer: no such file or folder:
 data.path=nofile.txt -> data.path: no such file or folder: 'nofile.txt'; a hub name looks like owner/name
 data.path= -> data.path: expected text; got nothing
 data=text -> data.path: data=text needs it; give data.path=VALUE
-data= -> data.kind: expected embedded, text, text_classes, images, table, pairs, custom; got nothing
-data=null -> data.kind: expected embedded, text, text_classes, images, table, pairs, custom; got null
-data=[1] -> data.kind: expected embedded, text, text_classes, images, table, pairs, custom; got [1]
-data.kind="{a: 1}" -> data.kind: expected embedded, text, text_classes, images, table, pairs, custom; got {'a': 1}
+data= -> data.kind: expected embedded, text, shards, text_classes, images, table, pairs, custom; got nothing
+data=null -> data.kind: expected embedded, text, shards, text_classes, images, table, pairs, custom; got null
+data=[1] -> data.kind: expected embedded, text, shards, text_classes, images, table, pairs, custom; got [1]
+data.kind="{a: 1}" -> data.kind: expected embedded, text, shards, text_classes, images, table, pairs, custom; got {'a': 1}
 data.val_fraction=0.1 -> did you mean data=text, which has val_fraction?
 data=text data.pth=input.txt -> data.pth: no such key; did you mean data.path?
 data=text data.kind=embedded -> data and data.kind: given twice; keep one

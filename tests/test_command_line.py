@@ -189,9 +189,12 @@ def command(*words: str, folder: Path, options: tuple[str, ...] = ()) -> tuple[s
         (("docter",), "docter: no such verb; did you mean doctor?"),
         (
             ("frobnicate",),
-            "frobnicate: no such verb; there are train, plan, prepare, recipes, show, submit, doctor, calibrate",
+            "frobnicate: no such verb; there are train, plan, prepare, recipes, show, submit, doctor, calibrate, checkpoint, verify-resume",
         ),
-        (("",), "'': no such verb; there are train, plan, prepare, recipes, show, submit, doctor, calibrate"),
+        (
+            ("",),
+            "'': no such verb; there are train, plan, prepare, recipes, show, submit, doctor, calibrate, checkpoint, verify-resume",
+        ),
         (("\x1b[31mtrain",), r"'\x1b[31mtrain': no such verb; did you mean train?"),
         (("recipe=gpt_debug",), "a verb comes first; did you mean lm-train train recipe=gpt_debug?"),
         (("a=\n\x1b[31m",), r"a=\n\x1b[31m: a verb comes first; did you mean lm-train train a=\n\x1b[31m?"),
