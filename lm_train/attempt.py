@@ -18,7 +18,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from lm_train.errors import ExitCode, LMTrainError, OutputError
+from lm_train.errors import ExitCode, LMTrainError, OutputError, UsageError
 from lm_train.runs import LEAVING_S, RunFolder, write_atomically
 from lm_train.slurm import Allocation
 
@@ -119,4 +119,11 @@ def goes_on_without(words: Sequence[str], allocation: Allocation, timeout_s: flo
 
 def meeting_timeout() -> float:
     """Seconds that supervisors and ranks wait for one another at the start."""
-    return float(os.environ.get("LM_TRAIN_MEETING_TIMEOUT") or JOIN_TIMEOUT_S)
+    text = os.environ.get("LM_TRAIN_MEETING_TIMEOUT") or str(JOIN_TIMEOUT_S)
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < float("inf"):
+        raise UsageError(f"LM_TRAIN_MEETING_TIMEOUT={text[:80]!r}: expected seconds, such as 60")
+    return seconds

@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from lm_train import signals
 from lm_train.attempt import Attempt, meeting_timeout
-from lm_train.errors import ExitCode, LMTrainError
+from lm_train.errors import ExitCode, LMTrainError, UsageError
 from lm_train.plan import Plan
 from lm_train.runs import write_atomically
 from lm_train.slurm import node_names
@@ -195,6 +195,8 @@ def _first_port() -> int:
     """A port of the job's own, so that jobs on one node seldom meet; 0 (any free one) outside of Slurm."""
     port = os.environ.get("LM_TRAIN_PORT")
     if port:
+        if not (port.isascii() and port.isdecimal()) or not 0 < int(port) < 1 << 16:
+            raise UsageError(f"LM_TRAIN_PORT={port[:80]!r}: expected a port, such as {FIRST_PORT}")
         return int(port)
     job = os.environ.get("SLURM_JOB_ID", "")
     if not job.isdigit():

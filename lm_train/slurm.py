@@ -81,7 +81,10 @@ def current_allocation(environ: Mapping[str, str] = os.environ) -> Allocation | 
     if environ.get("SLURM_STEP_ID") in (None, _INTERACTIVE_STEP) or "SLURM_PROCID" not in environ:
         return None
     counts = _task_counts(environ.get("SLURM_STEP_TASKS_PER_NODE", "1"))
-    nodes = int(environ.get("SLURM_STEP_NUM_NODES", len(counts)))
+    nodes = _count(environ, "SLURM_STEP_NUM_NODES", len(counts))
+    for name in ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID"):
+        if not re.fullmatch(r"\w{1,40}", environ.get(name, "0")):  # the run's name is made of them
+            raise UsageError(f"{name}={environ[name][:80]!r}: expected a number; start with srun")
     if len(set(counts)) > 1:
         shown = ", ".join(map(str, counts[:8])) + (" ..." if len(counts) > 8 else "")
         raise UsageError(
@@ -94,10 +97,10 @@ def current_allocation(environ: Mapping[str, str] = os.environ) -> Allocation | 
         step_id=environ["SLURM_STEP_ID"],
         nodes=nodes,
         tasks_per_node=counts[0],
-        node_rank=int(environ.get("SLURM_NODEID", 0)),
-        local_task=int(environ.get("SLURM_LOCALID", 0)),
+        node_rank=_count(environ, "SLURM_NODEID"),
+        local_task=_count(environ, "SLURM_LOCALID"),
         node_name=environ.get("SLURMD_NODENAME", "this node"),
-        restart_count=int(environ.get("SLURM_RESTART_COUNT", 0)),
+        restart_count=_count(environ, "SLURM_RESTART_COUNT"),
         batch=environ.get("ENVIRONMENT") == "BATCH",
         array_job_id=environ.get("SLURM_ARRAY_JOB_ID"),
         array_task_id=environ.get("SLURM_ARRAY_TASK_ID"),
@@ -176,6 +179,13 @@ def _task_counts(text: str) -> list[int]:
             raise UsageError(f"SLURM_STEP_TASKS_PER_NODE={text}: expected numbers such as 2(x3),1; start with srun")
         counts += [int(match[1])] * int(match[2] or 1)
     return counts
+
+
+def _count(environ: Mapping[str, str], name: str, default: int = 0) -> int:
+    text = environ.get(name, str(default))
+    if not (text.isascii() and text.isdecimal()):
+        raise UsageError(f"{name}={text[:80]!r}: expected a number; start with srun")
+    return int(text)
 
 
 def _number(text: str | None) -> int | None:

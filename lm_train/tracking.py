@@ -190,8 +190,8 @@ def _wandb(recipe: Recipe, plan: Plan, folder: RunFolder) -> _Wandb | None:
     mode = recipe.tracking.wandb
     if mode == "auto":
         mode = "online" if os.environ.get("WANDB_API_KEY") else "offline"
-    problem = _unreachable() if mode == "online" else None
     try:
+        problem = _unreachable() if mode == "online" else None
         run_id = _run_id(folder)
         if mode == "online" and problem is None:
             try:
@@ -307,7 +307,10 @@ def _unreachable() -> str | None:
     url = urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai")
     if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy")):
         return None  # a proxy decides, and init_timeout guards
-    port = url.port or (443 if url.scheme == "https" else 80)
+    try:
+        port = url.port or (443 if url.scheme == "https" else 80)
+    except ValueError:
+        return "WANDB_BASE_URL: its port is no number"
     answer: list[str | None] = []
 
     def ask() -> None:

@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from lm_train import rendezvous
 from lm_train.attempt import Attempt, NotJoined, join, publish
+from lm_train.errors import UsageError
 from lm_train.hardware import Machine
 from lm_train.plan import Plan, make_plan
 from lm_train.recipe import load
@@ -153,3 +154,22 @@ def test_several_nodes_name_the_interface_between_them_unless_the_user_has(
     stores = meet(publish(run, allocation()), plan, (0, 1))
     assert all(isinstance(store, dist.Store) for store in stores.values()), stores
     assert (os.environ["GLOO_SOCKET_IFNAME"], os.environ["NCCL_SOCKET_IFNAME"]) == ("lo", "mine")
+
+
+@pytest.mark.parametrize("port", ["http", "0", "-1", "65536", "9" * 30, "$(touch x)", "\uff11\uff12"])
+def test_a_port_that_is_none_is_said(port: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LM_TRAIN_PORT", port)
+    with pytest.raises(UsageError, match=r"LM_TRAIN_PORT=.*expected a port"):
+        rendezvous._first_port()
+
+
+def test_many_jobs_of_one_port_all_meet(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten starts whose jobs' numbers lead to the same port, at once: each finds one of its own."""
+    monkeypatch.setenv("LM_TRAIN_PORT", "25123")
+    plan = make_plan(load([*TINY, "trainer.devices=2"]), Machine(2, ()))
+    stores = []
+    for number in range(10):
+        attempt = Attempt(run.root / str(number))
+        attempt.folder.mkdir()
+        stores.append(_Meeting(attempt, plan, 0, 5.0)._open())
+    assert len({port for _, _, port, _ in stores}) == 10

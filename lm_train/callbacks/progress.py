@@ -27,6 +27,18 @@ LINE_EVERY_S = 10.0
 """Without a terminal: at most one line in so many seconds, evaluations apart."""
 
 
+class _Bar(tqdm):
+    """A bar by a clock that nobody sets: with the machine's, one that is set back stops it for as long."""
+
+    monitor_interval = 0
+    """tqdm's own thread would compare it with the machine's."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._time = time.monotonic
+        self.start_t = self.last_print_t = self._time()
+
+
 class Progress(L.Callback):
     """Shows loss, tokens/s and the time left, from rows that the metrics have read anyway; rank 0 only.
 
@@ -45,7 +57,7 @@ class Progress(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.is_global_zero and self.out.isatty():
-            self._bar = tqdm(
+            self._bar = _Bar(
                 total=trainer.max_steps,
                 initial=trainer.global_step,
                 file=self.out,
