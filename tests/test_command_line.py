@@ -178,6 +178,9 @@ def command(*words: str, folder: Path, options: tuple[str, ...] = ()) -> tuple[s
 # verbs
 
 
+VERBS = "train, plan, prepare, recipes, show, submit, doctor, calibrate, checkpoint, verify-resume"
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
@@ -187,14 +190,8 @@ def command(*words: str, folder: Path, options: tuple[str, ...] = ()) -> tuple[s
         (("recipe",), "recipe: no such verb; did you mean recipes?"),
         (("list",), "list: no such verb; did you mean recipes?"),
         (("docter",), "docter: no such verb; did you mean doctor?"),
-        (
-            ("frobnicate",),
-            "frobnicate: no such verb; there are train, plan, prepare, recipes, show, submit, doctor, calibrate, checkpoint, verify-resume",
-        ),
-        (
-            ("",),
-            "'': no such verb; there are train, plan, prepare, recipes, show, submit, doctor, calibrate, checkpoint, verify-resume",
-        ),
+        (("frobnicate",), f"frobnicate: no such verb; there are {VERBS}"),
+        (("",), f"'': no such verb; there are {VERBS}"),
         (("\x1b[31mtrain",), r"'\x1b[31mtrain': no such verb; did you mean train?"),
         (("recipe=gpt_debug",), "a verb comes first; did you mean lm-train train recipe=gpt_debug?"),
         (("a=\n\x1b[31m",), r"a=\n\x1b[31m: a verb comes first; did you mean lm-train train a=\n\x1b[31m?"),
