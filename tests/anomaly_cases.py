@@ -93,7 +93,8 @@ def digest(trainer: L.Trainer, module: TrainingModule) -> str:
     steps = [float(state["step"]) for state, _, _ in views.states() if "step" in state]
     hashed.update(str(sorted({step for step in steps if step})).encode())
     for parameter in module.net.parameters():  # under DeepSpeed also what the network computes with
-        hashed.update(bytes_of(getattr(parameter, "_local_tensor", parameter)))
+        part = getattr(parameter, "ds_tensor", None)  # ZeRO 3 may or may not hold small ones whole as well
+        hashed.update(bytes_of(getattr(parameter, "_local_tensor", parameter) if part is None else part))
     for name, buffer in persistent_buffers(module.net):
         hashed.update(name.encode() + bytes_of(buffer))
     return hashed.hexdigest()

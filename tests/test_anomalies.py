@@ -81,6 +81,15 @@ def test_a_checkpoint_amid_the_bad_steps_serves_as_well(new_run: NewRun) -> None
     )
 
 
+def test_without_a_checkpoint_the_run_begins_anew(new_run: NewRun) -> None:
+    folder = new_run("trainer.max_steps=6", "checkpoint.every_n_steps=null", *WITHOUT_END)
+    with pytest.raises(RollBack):
+        spoilt_run(str(folder.root), [2, 3, 4], "nan")
+    assert spoilt_run(str(folder.root), [], "nan")["code"] == 0
+    assert [row.step for row in ledger.read(folder.ledger)] == list(range(1, 7))
+    assert json.loads((folder.checkpoints / "step-6" / "state.json").read_text())["skipped"] == [[16, 64]]
+
+
 def test_bad_steps_that_come_back_end_the_run(new_run: NewRun) -> None:
     folder = new_run("trainer.max_steps=20", "checkpoint.every_n_steps=4", *WITHOUT_END)
     with pytest.raises(RollBack):
@@ -130,7 +139,9 @@ def test_a_spike_is_withheld(new_run: NewRun, ranks: Ranks, strategy: str) -> No
         folder = new_run(*words)
         answers = [spoilt_run(str(folder.root), [5, 23, 24], "times")]
     else:
-        folder = new_run(*words, "trainer.devices=2", f"trainer.strategy={strategy}")
+        accumulate = 2 if strategy == "ddp" else 1
+        words += (f"trainer.strategy={strategy}", f"trainer.accumulate_grad_batches={accumulate}")
+        folder = new_run(*words, "trainer.devices=2")
         answers = ranks(strategy).run("spoilt_run", folder=str(folder.root), steps=[5, 23, 24], what="times", rank=1)
     for answer in answers:
         found = answer["digests"]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import statistics
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from torch import nn
 
 from lm_train import ledger
 from lm_train.runs import RunFolder
+from lm_train.strategy import withholding
 from lm_train.strategy.withholding import MADE, NONFINITE, SPIKE, SpikeRule, Withholding, takes_flag
 from tests.anomaly_cases import spoilt_run
 from tests.conftest import Ranks
@@ -50,22 +53,36 @@ def test_what_is_not_finite_changes_nothing(new_run: NewRun, what: str) -> None:
     check(folder, [spoilt_run(str(folder.root), [1, 4, 5], what)], [1, 4, 5])
 
 
-@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
-@pytest.mark.parametrize("optim", OPTIMIZERS)
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("optim", "fused"),
+    [("adamw", True), ("sgd", False), ("sgd", True), ("adagrad", False), ("muon", False)]
+    + [
+        pytest.param(optim, fused, marks=SLOW)
+        for optim, fused in (
+            *(("adamw", False), ("adam", False), ("adam", True), ("sgd_plain", False), ("sgd_plain", True)),
+            *(("rmsprop", False), ("muon", True)),
+        )
+    ],
+)
 def test_every_optimizer(new_run: NewRun, optim: str, fused: bool) -> None:
     folder = new_run(*SHORT, f"optim={OPTIMIZERS[optim]}", "trainer.gradient_clip_val=null")
     check(folder, [spoilt_run(str(folder.root), [1, 4], "nan", fused=fused)], [1, 4])
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-@pytest.mark.parametrize(
-    ("strategy", "clip"),
-    [("ddp", "1.0"), ("fsdp", "1.0"), ("fsdp", "null"), ("zero2", "1.0")]
-    + [
-        pytest.param(s, c, marks=pytest.mark.slow) for s in ("zero1", "zero3", "zero3_offload") for c in ("1.0", "null")
-    ],
-)
-@pytest.mark.parametrize("what", ["nan", "gradient"])
+def strategies() -> list[Any]:
+    """Strategy, clipping, accumulation and what is spoilt; of the full matrix a few in each test run."""
+    kept = [("ddp", "1.0", 1, "nan"), ("ddp", "1.0", 2, "gradient"), ("fsdp", "1.0", 1, "gradient")]
+    kept += [("fsdp", "null", 1, "gradient"), ("zero2", "1.0", 1, "nan")]
+    every = itertools.product(
+        ("ddp", "fsdp", "zero1", "zero2", "zero3", "zero3_offload"), ("1.0", "null"), (1, 2), ("nan", "gradient")
+    )
+    return [pytest.param(*case, marks=() if case in kept else SLOW) for case in every]
+
+
+@pytest.mark.parametrize(("strategy", "clip", "accumulate", "what"), strategies())
 def test_one_rank_spoils_the_step_of_all(
     ranks: Ranks, new_run: NewRun, strategy: str, clip: str, accumulate: int, what: str
 ) -> None:
@@ -81,6 +98,21 @@ def test_the_flag_on_the_device_serves_several_processes(ranks: Ranks, new_run: 
     folder = new_run(*SHORT, "trainer.devices=2", f"trainer.strategy={strategy}")
     answers = ranks(strategy).run("spoilt_run", folder=str(folder.root), steps=[3, 4], what="nan", rank=1, fused=True)
     check(folder, answers, [3, 4])
+
+
+@pytest.mark.parametrize("spikes", ["null", "8"])
+def test_with_a_fused_optimizer_the_host_never_asks(
+    new_run: NewRun, monkeypatch: pytest.MonkeyPatch, spikes: str
+) -> None:
+    def asked(value: torch.Tensor) -> float:
+        raise AssertionError("the host reads what is on the device")
+
+    monkeypatch.setattr(withholding, "host_value", asked)
+    folder = new_run(*SHORT, f"trainer.spike_threshold={spikes}")
+    check(folder, [spoilt_run(str(folder.root), [1, 4], "nan", fused=True)], [1, 4])
+    plain = new_run(*SHORT, name="plain")
+    with pytest.raises(AssertionError, match="the host reads"):
+        spoilt_run(str(plain.root), [], "nan")
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
@@ -99,10 +131,10 @@ def test_buffers_of_every_kind_go_back(fused: bool) -> None:
     net(torch.ones(1, 2)).sum().backward()
     optimizer.step()
     assert takes_flag(optimizer) == fused
-    withholding = Withholding(net)
+    guard = Withholding(net)
     for verdict in (MADE, NONFINITE):
         before = [buffer.clone() for buffer in net.buffers()]
-        withholding.begin()
+        guard.begin()
         for buffer in net.buffers():
             buffer.copy_(
                 torch.tensor([1, float("nan"), float("inf")]).to(buffer.dtype)
@@ -110,7 +142,7 @@ def test_buffers_of_every_kind_go_back(fused: bool) -> None:
                 else 1 - before[0][0]
             )
         after = [buffer.clone() for buffer in net.buffers()]
-        withholding.withhold(torch.tensor(verdict), optimizer)
+        guard.withhold(torch.tensor(verdict), optimizer)
         for found, expected in zip(net.buffers(), before if verdict else after, strict=True):
             assert torch.equal(found.view(torch.uint8), expected.view(torch.uint8))
 
@@ -134,15 +166,15 @@ def test_the_rule_for_spikes_is_the_plain_formula() -> None:
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e30])
 def test_no_bad_value_enters_the_window(bad: float) -> None:
     rule = SpikeRule(6.0, 4, "cpu")
-    withholding = Withholding(nn.Linear(1, 1))
-    withholding.spikes = rule
+    guard = Withholding(nn.Linear(1, 1))
+    guard.spikes = rule
     for i in range(6):
-        assert withholding.judge(torch.tensor(1.0), torch.tensor(2.0 + 0.1 * i)) == MADE
+        assert guard.judge(torch.tensor(1.0), torch.tensor(2.0 + 0.1 * i)) == MADE
     before = rule.state()
     norm = torch.tensor(1.0 if bad == 1e30 else bad)
-    assert withholding.judge(norm, torch.tensor(bad)) == (SPIKE if bad == 1e30 else NONFINITE)
+    assert guard.judge(norm, torch.tensor(bad)) == (SPIKE if bad == 1e30 else NONFINITE)
     assert rule.state() == before
-    assert withholding.judge(torch.tensor(1.0), torch.tensor(2.3)) == MADE
+    assert guard.judge(torch.tensor(1.0), torch.tensor(2.3)) == MADE
 
 
 def test_the_window_goes_on_where_it_stood() -> None:
