@@ -59,10 +59,12 @@ class Row(NamedTuple):
         return cls(step, samples, *bits, withheld)
 
     def line(self) -> str:
-        values = self._asdict()
-        if not self.withheld:
-            del values["withheld"]
-        return json.dumps(values, separators=(",", ":")) + "\n"
+        samples = "null" if self.samples is None else f'"{self.samples}"'
+        withheld = f',"withheld":"{self.withheld}"' if self.withheld else ""
+        return (
+            f'{{"step":{self.step},"samples":{samples},"loss":"{self.loss}","grad_norm":"{self.grad_norm}",'
+            f'"learning_rate":"{self.learning_rate}"{withheld}}}\n'
+        )
 
 
 def hexadecimal(value: float) -> str:
@@ -74,9 +76,12 @@ def hexadecimal(value: float) -> str:
     return f"{mantissa}{'0' if mantissa.endswith('.') else ''}p{exponent}"
 
 
+_FLOAT32 = struct.Struct("<f")
+
+
 def _float32(value: float) -> float:
     try:
-        return float(struct.unpack("<f", struct.pack("<f", value))[0])
+        return float(_FLOAT32.unpack(_FLOAT32.pack(value))[0])
     except OverflowError:
         return math.copysign(math.inf, value)
 
