@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -233,6 +234,19 @@ def broken_points() -> L.LightningDataModule:
 
 def point_classifier(facts: DataFacts) -> nn.Module:
     return nn.Linear(3, facts.n_outputs)  # type: ignore[arg-type]
+
+
+class Undecided(nn.Linear):
+    """Adds to its logits what no seed decides."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return super().forward(inputs) + int.from_bytes(os.urandom(2), "little") / 2**16 * torch.arange(
+            self.out_features
+        )
+
+
+def undecided(facts: DataFacts) -> nn.Module:
+    return Undecided(3, facts.n_outputs)  # type: ignore[arg-type]
 
 
 class PairModule(L.LightningModule):
