@@ -182,17 +182,16 @@ def cut(file: Path, step: int) -> int | None:
                 opened.truncate(length)
                 os.fsync(opened.fileno())
     except OSError as error:
-        raise OutputError(f"cannot write {file}: {error.strerror}") from None
+        raise _cannot_write(file, error) from None
     return kept
 
 
-def append(file: Path, rows: Iterable[Row], durable: bool = False) -> None:
+def append(file: Path, rows: Iterable[Row]) -> None:
     """Adds lines: all of them, or none.
 
     Args:
         file: a ledger; made if it is not there.
         rows: in the order of their steps.
-        durable: they are on disk when this returns, and so are all before them.
 
     Raises:
         OutputError: if they cannot be written.
@@ -204,14 +203,29 @@ def append(file: Path, rows: Iterable[Row], durable: bool = False) -> None:
             try:
                 while text:
                     text = text[opened.write(text) :]
-                if durable:
-                    os.fsync(opened.fileno())
             except OSError:
                 with contextlib.suppress(OSError):
                     opened.truncate(before)
                 raise
     except OSError as error:
-        raise OutputError(f"cannot write {file}: {error.strerror}; free space there, then start again") from None
+        raise _cannot_write(file, error) from None
+
+
+def sync(file: Path) -> None:
+    """All lines are on disk when this returns.
+
+    Raises:
+        OutputError: if they cannot be written there.
+    """
+    try:
+        with file.open("rb") as opened:
+            os.fsync(opened.fileno())
+    except OSError as error:
+        raise _cannot_write(file, error) from None
+
+
+def _cannot_write(file: Path, error: OSError) -> OutputError:
+    return OutputError(f"cannot write {file}: {error.strerror}; free space there, then start again")
 
 
 class Difference(NamedTuple):

@@ -150,7 +150,8 @@ def test_a_file_that_cannot_grow_takes_all_lines_or_none(tmp_path: Path) -> None
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert file.read_bytes() == whole
-    ledger.append(file, rows(3, 4, 5), durable=True)
+    ledger.append(file, rows(3, 4, 5))
+    ledger.sync(file)
     assert [row.step for row in ledger.read(file)] == [1, 2, 3, 4, 5]
 
 

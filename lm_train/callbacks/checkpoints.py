@@ -153,7 +153,7 @@ class Checkpoints(L.Callback):
         step = trainer.global_step
         began = time.monotonic()
         self.metrics.pause()  # waits for the device
-        self.ledger.write(trainer, module, durable=True)
+        self.ledger.write(trainer, module, before_save=True)
         self.before(trainer, module)
         self._take(self.writer.finish())
         target = self.folder.checkpoints / f"step-{step}"
@@ -162,9 +162,12 @@ class Checkpoints(L.Callback):
         views = checkpoint.views_of(module.net, trainer.optimizers[0], trainer.global_rank, trainer.world_size)
         memory = self.memory if self._is_asynchronous(views) else None
         snapshot = Snapshot(views, state, memory)
-        self.writer.begin(
-            lambda: checkpoint.write(snapshot, target, self.group, lambda folder: self._keep(folder, best))
-        )
+
+        def write() -> Published:
+            self.ledger.sync()
+            return checkpoint.write(snapshot, target, self.group, lambda folder: self._keep(folder, best))
+
+        self.writer.begin(write)
         self._saved_step = step
         trainer.save_is_due = False
         published = None if memory is not None else self.writer.finish()

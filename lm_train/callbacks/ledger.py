@@ -48,6 +48,8 @@ class Ledger(L.Callback):
         """The newest row that `write` has fetched."""
         self._unwritten: list[Row] = []
         """Fetched, but a full disk has not taken them; on rank 0."""
+        self._synced = True
+        """Whether this rank has written nothing since `sync`."""
         self._steps: list[tuple[int, float]] = []
         """Step and learning rate of what waits in the ring."""
         self._ring: Tensor | None = None
@@ -71,34 +73,43 @@ class Ledger(L.Callback):
         _put(withheld, pl_module.step_withheld)
         self._steps.append((trainer.global_step, pl_module.step_learning_rate))
 
-    def write(self, trainer: L.Trainer, module: TrainingModule, durable: bool = False) -> None:
+    def write(self, trainer: L.Trainer, module: TrainingModule, before_save: bool = False) -> None:
         """Writes what has gathered; every rank calls it at the same step boundary.
 
         Args:
             trainer, module: at the boundary.
-            durable: what stands in the file is on disk when this returns.
+            before_save: all lines so far must be in the file; else a full disk may still take them another time.
 
         Raises:
-            OutputError: if the file cannot be written; only where it must be durable, since until then it can be tried
-                again, and only on rank 0.
+            OutputError: on rank 0, before a save, if they are not.
         """
         self._not_finite: dict[int, list[int]] = {}
         rows = self._rows(trainer, module) if self._steps else []
         self._steps.clear()
-        if rows:
-            self.last = rows[-1]
-        if trainer.is_global_zero:
+        if trainer.is_global_zero and (rows or self._unwritten):
             self._unwritten += rows
             try:
-                ledger.append(self.file, self._unwritten, durable)
+                ledger.append(self.file, self._unwritten)
             except OutputError:
-                if durable:
+                if before_save:
                     raise
             else:
                 self._unwritten.clear()
+                self._synced = False
         if rows:
+            self.last = rows[-1]
             for hear in self.heard:
                 hear(rows, self._not_finite)
+
+    def sync(self) -> None:
+        """What is in the file is on disk when this returns; for the thread that is about to publish a checkpoint.
+
+        Raises:
+            OutputError: if the disk does not take it.
+        """
+        if not self._synced:
+            self._synced = True  # before: what the training writes meanwhile is for the next time
+            ledger.sync(self.file)
 
     def _rows(self, trainer: L.Trainer, module: TrainingModule) -> list[Row]:
         assert self._ring is not None
