@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -13,7 +14,7 @@ from lm_train import anomalies
 from lm_train.anomalies import AGAIN_STEPS, RollBackRow, Streak
 from lm_train.data import DataModule
 from lm_train.data.batches import Integers
-from lm_train.errors import NoProgressError, RollBack
+from lm_train.errors import NoProgressError, OutputError, RollBack
 from lm_train.ledger import Row
 from lm_train.plan import Plan
 from lm_train.recipe import TrainerSection
@@ -97,17 +98,18 @@ class Anomalies(L.Callback):
         samples = self._samples(row.step, ranks)
         listed = None if samples is None else samples.tolist()
         loss, norm = (str(value) if not math.isfinite(value) else value for value in map(float.fromhex, row[2:4]))
-        anomalies.append(
-            self.file,
-            {
-                "step": row.step,
-                "what": row.withheld,
-                "loss": loss,
-                "grad_norm": norm,
-                "ranks": list(ranks),
-                "samples": listed,
-            },
-        )
+        with contextlib.suppress(OutputError):  # a full disk; the ledger says it too
+            anomalies.append(
+                self.file,
+                {
+                    "step": row.step,
+                    "what": row.withheld,
+                    "loss": loss,
+                    "grad_norm": norm,
+                    "ranks": list(ranks),
+                    "samples": listed,
+                },
+            )
         if self._has_warned:
             return
         self._has_warned = True
