@@ -89,6 +89,20 @@ def new_run(tmp_path: Path, text_file: Path) -> Callable[..., RunFolder]:
     return make
 
 
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> RunFolder:
+    """A finished run of four steps with checkpoints at 2 and 4, for tests that copy it."""
+    from lm_train.train import train
+
+    words = dict(word.split("=", 1) for word in (*TINY, f"data.path={text_file}"))
+    words |= {"trainer.max_steps": "4", "checkpoint.every_n_steps": "2", "checkpoint.keep_last": "9", "name": "run"}
+    words |= {"runs_dir": str(tmp_path_factory.mktemp("trained"))}
+    recipe = load([f"{key}={value}" for key, value in words.items()])
+    run = runs.create(recipe, make_plan(recipe, Machine(cpu_cores=2, gpus=())))
+    train(run)
+    return run
+
+
 Ranks = Callable[..., Pair]
 
 

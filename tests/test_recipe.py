@@ -335,7 +335,7 @@ def test_all_problems_at_once_each_with_its_line(write: Write) -> None:
         "tracking.wandb: expected auto, online, offline, disabled; got 'off'; did you mean disabled?",
         "modle: no such key; did you mean model? (mine.yaml:2)",
         "optim.lerning_rate: no such key; did you mean optim.learning_rate? (mine.yaml:9)",
-        "data.path: data=text needs it; give data.path=VALUE",
+        "data.path: data=text needs it; give data.path=VALUE (mine.yaml:6)",
     ]
 
 

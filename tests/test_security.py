@@ -22,7 +22,7 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 
-from lm_train import cli, data, models, runs
+from lm_train import cli, data, models
 from lm_train.checkpoint import CheckpointReader
 from lm_train.errors import CheckpointError, DataError, LMTrainError, UsageError
 from lm_train.hardware import Machine
@@ -33,7 +33,6 @@ from lm_train.saved.places import pointed
 from lm_train.saved.sealed import sealed
 from lm_train.train import train
 from tests import payloads
-from tests.conftest import TINY
 from tests.pair import ROOT
 
 
@@ -60,20 +59,6 @@ def no_unpickling(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     for module, name in ((pickle, "load"), (pickle, "loads"), (torch, "load")):
         monkeypatch.setattr(module, name, watched(f"{module.__name__}.{name}", getattr(module, name)))
     return called
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> RunFolder:
-    """A run with two checkpoints, which tests copy."""
-    words = dict(word.split("=", 1) for word in (*TINY, f"data.path={text_file}"))
-    words |= {"trainer.max_steps": "4", "checkpoint.every_n_steps": "2", "checkpoint.keep_last": "9", "name": "run"}
-    recipe = load(
-        [f"{key}={value}" for key, value in words.items()] + [f"runs_dir={tmp_path_factory.mktemp('trained')}"]
-    )
-    run = runs.create(recipe, make_plan(recipe, Machine(cpu_cores=2, gpus=())))
-    train(run)
-    assert len(list(run.checkpoints.glob("step-*"))) == 2
-    return run
 
 
 @pytest.fixture
@@ -148,7 +133,7 @@ def test_words_and_the_job_file(canary: Path, command: Callable[..., Answer], tm
         f"tracking.group={code}",
         f"tracking.entity=it's {code}",
         f'tracking.tags=["{code}"]',
-        f"runs_dir=a\\ {code}",
+        f"runs_dir={tmp_path}/a\\ x; touch {canary} & `touch {canary}`",
     )
     answer = command(
         "plan", f"recipe={tmp_path}/a\n touch canary ; $(touch canary).yaml", "cluster=h100x8", f"sbatch={job}", *words

@@ -249,5 +249,10 @@ def _path_conflicts(recipe: Recipe) -> Iterator[Conflict]:
         )
     if not recipe.runs_dir.isprintable():
         yield [("runs_dir",)], f"runs_dir: expected the path of a folder; got {shown(recipe.runs_dir)}"
+    elif recipe.runs_dir.startswith("~") or "$" in recipe.runs_dir:
+        yield (
+            [("runs_dir",)],
+            f"runs_dir: {shown(recipe.runs_dir)}: ~ and $ mean something to a shell only; write it out",
+        )
     elif exists(recipe.runs_dir) and not Path(recipe.runs_dir).is_dir():
         yield [("runs_dir",)], f"{recipe.runs_dir} is a file; name a folder"

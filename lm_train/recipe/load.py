@@ -238,7 +238,9 @@ class _Faults:
             self._guessed.add(section)
         elif fault["type"] == "missing":
             if section not in self._guessed:
-                self._missing[key] = f"{key}: {section}={values.get('kind')} needs it; give {key}=VALUE{where}"
+                self._missing[key] = (
+                    f"{key}: {section}={values.get('kind')} needs it; give {key}=VALUE{self.source.where(path[:1])}"
+                )
             values[leaf] = PLACEHOLDER
         else:
             cls = section_class(section, values) if len(path) > 1 else Recipe
