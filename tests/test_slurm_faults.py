@@ -110,3 +110,13 @@ def test_a_time_limit_without_a_signal_is_minded(site: Site) -> None:
     assert "the job's time limit is near: stopping at the next step boundary and saving" in output
     assert (run.checkpoints / "latest").exists()
     site.call("scancel", job)
+
+
+def test_a_killed_supervisor_is_a_lost_rank(site: Site) -> None:
+    job, run = submit(site, words=(*ENDLESS, "checkpoint.every_n_steps=50"))
+    site.wait("a checkpoint", lambda: (run.checkpoints / "latest").exists(), job)
+    rank = Path(f"/proc/{pid_of_rank(run, 0)}/status").read_text()
+    os.kill(int(re.findall(r"PPid:\s+(\d+)", rank)[0]), signal.SIGKILL)
+    site.wait("requeued", lambda: site.restarts(job) == 1, job)
+    site.wait("going on", lambda: "resuming from" in site.output(job), job)
+    site.call("scancel", job)
