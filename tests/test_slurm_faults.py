@@ -17,7 +17,7 @@ from tests.test_slurm import CLUSTER, ENDLESS, Site, pid_of_rank, steps
 
 pytestmark = [pytest.mark.slow, test_slurm.pytestmark]
 cluster, site = test_slurm.cluster, test_slurm.site
-LONG = ("trainer.max_steps=1500", "trainer.log_every_n_steps=20", "checkpoint.every_n_steps=100")
+LONG = ("trainer.max_steps=700", "trainer.log_every_n_steps=20", "checkpoint.every_n_steps=50")
 
 
 def submit(site: Site, *options: str, words: tuple[str, ...] = ENDLESS) -> tuple[str, RunFolder]:
@@ -40,10 +40,10 @@ def test_a_run_requeued_by_hand_and_preempted_by_another_partition_has_the_ledge
 ) -> None:
     whole = ledger_of_the_undisturbed(site, LONG)
     job, run = submit(site, "--partition=main", words=LONG)
-    site.wait("steps", lambda: came_on(run, 300), job)
+    site.wait("steps", lambda: came_on(run, 80), job)
     site.call("scontrol", "requeue", job)
     site.wait("requeued", lambda: site.restarts(job) == 1, job)
-    site.wait("steps", lambda: run.outcome() is None and came_on(run, 600), job)
+    site.wait("steps", lambda: run.outcome() is None and came_on(run, 220), job)
     urgent = site.submit("--partition=urgent", "--nodes=4", "--exclusive", "--wrap=sleep 5")
     site.wait("preempted", lambda: site.restarts(job) == 2, job, timeout=180)
     assert run.outcome() == 75
@@ -55,7 +55,7 @@ def test_a_run_requeued_by_hand_and_preempted_by_another_partition_has_the_ledge
 
 
 def test_a_lost_node_ends_the_step_and_the_job_goes_on_elsewhere(site: Site) -> None:
-    words = (*LONG, "checkpoint.every_n_steps=50", "trainer.max_steps=600")
+    words = LONG
     job, run = submit(site, "--nodes=2", "--exclude=n1", words=words)
     site.wait("a checkpoint", lambda: (run.checkpoints / "latest").exists(), job)
     folder = Path(site.environment["SLURM_CONF"]).parent
