@@ -36,7 +36,7 @@ FIRST_TIME = 10
 """The same for the first batch of a phase, in which libraries load and memory is first touched."""
 PACES = 4.0
 """Patience with a phase, in multiples of the longest batch lately."""
-TICK_S = 1.0
+TICK_S = 0.6
 """Longest time between two looks that counts: more, and this process did not run either."""
 ANSWER_S = 5.0
 """How long the supervisors of a run wait for one another's view."""
