@@ -47,7 +47,7 @@ def sleep() -> None:
 
 
 def take_long() -> None:
-    time.sleep(4)
+    time.sleep(8)
 
 
 def crash() -> None:

@@ -123,9 +123,9 @@ def test_a_stopped_rank_is_named_with_its_stack_and_the_run_ends_for_a_requeue(l
 
 def test_a_held_interpreter_is_named_by_where_and_parts_that_take_their_own_time_are_no_hang(launch: Launch) -> None:
     """The first validation batch takes longer than a step may be silent."""
-    words = ("trainer.hang_timeout_s=3", "trainer.val_check_interval=10", "trainer.limit_val_batches=2")
+    words = ("trainer.hang_timeout_s=6", "trainer.val_check_interval=10", "trainer.limit_val_batches=2")
     fault = faulty_parts.words(train="hold_the_interpreter@20", evaluate="take_long@1")
-    code, _, err = launch("trainer.devices=2", *words, *fault).end()
+    code, _, err = launch("trainer.devices=2", *words, *fault).end(timeout=240)
     assert code == 75, err
     assert "rank 1 on " in said(err)
     assert ", after step 19 (step): hangs" in said(err)
