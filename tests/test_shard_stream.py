@@ -39,7 +39,7 @@ def counting_folder(folder: Path, sizes: list[int], first: int = 0) -> Path:
     return folder
 
 
-def module_of(path: Path | list[dict[str, Any]], plan: Plan, **options: Any) -> TextDataModule:
+def module_of(path: Path | str | list[dict[str, Any]], plan: Plan, **options: Any) -> TextDataModule:
     named = {"sources": path} if isinstance(path, list) else {"path": str(path)}
     section = ShardData.model_validate({**named, "global_batch_size": plan.global_batch_size, **options})
     masked = plan.task == "masked_lm"

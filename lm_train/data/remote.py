@@ -226,7 +226,10 @@ class RemoteShard:
     def _check(self, piece: int, content: bytes | memoryview) -> None:
         size = min(PIECE_BYTES, self.shard.bytes - piece * PIECE_BYTES)
         if len(content) != size:
-            raise DataError(f"{self.where}: {len(content):,} bytes came where {size:,} were asked for")
+            raise DataError(
+                f"{self.where}: {len(content):,} bytes came where {size:,} were asked for; is the file whole, and does the "
+                "server know ranges?"
+            )
         if not self.folder.verifies:
             return
         if self._sums is None:
