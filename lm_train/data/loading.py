@@ -50,6 +50,8 @@ class TimedLoader:
     def __init__(self, loader: DataLoader[Batch], ahead: bool = False, patience: float | None = PATIENCE_S) -> None:
         self.loader, self.ahead, self.patience = loader, ahead, patience
         self.wait_seconds = 0.0
+        self.replaced = 0
+        """Samples of the batches so far in whose place others stood, since they are damaged."""
 
     def __len__(self) -> int:
         return len(self.loader)
@@ -83,6 +85,7 @@ class TimedLoader:
             self.wait_seconds += time.perf_counter() - before
             if batch is None:
                 return
+            self.replaced += batch.pop("replaced", 0)
             yield batch
 
 

@@ -133,6 +133,11 @@ class DataModule(L.LightningDataModule, ABC):
         """Whether a batch may take long to come."""
         return False
 
+    @property
+    def may_replace(self) -> bool:
+        """Whether other samples stand in the place of damaged ones."""
+        return False
+
     def train_dataloader(self) -> TimedLoader:
         batches = self.train_batches(self._rank())
         batches.last_step = self.horizon.furthest

@@ -298,6 +298,10 @@ class TextDataModule(DataModule):
     def may_wait(self) -> bool:
         return self.streaming or (isinstance(self.corpus, ShardCorpus) and self.corpus.is_remote)
 
+    @property
+    def may_replace(self) -> bool:
+        return isinstance(self.corpus, ShardCorpus) and self.corpus.skips
+
     def train_batches(self, rank: int) -> StepBatches:
         tokens = self.corpus.tokens("train")
         return TrainBatches(tokens, self.plan, rank, self.seed, self.start_step, self.streaming)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -64,6 +65,8 @@ class TrainingModule(L.LightningModule, ABC):
         self._grad_norm: Norm | None = None
         self.input_type = _input_type(plan)
         self._reached_all = False
+        self._replaced = self._replaced_before = 0
+        """Samples in damaged parts of the data in whose place others stood, as last logged; and before this start."""
         self.withholding = Withholding(net)
         self._spike_options: tuple[float, int] | None = None
         self._loss_carrier: nn.Parameter | None = None
@@ -228,14 +231,29 @@ class TrainingModule(L.LightningModule, ABC):
 
     def further_metrics(self) -> dict[str, Tensor]:
         """What else a row of the training's metrics holds, each (), over all ranks: all of them call it."""
-        return {}
+        data = self.trainer.datamodule
+        if not data.may_replace:
+            return {}
+        replaced = self._replaced_before + self.summed(torch.tensor(float(data.train_loader.replaced)).to(self.device))
+        self._replaced = int(replaced)
+        return {"data/replaced": replaced}
+
+    def on_train_end(self) -> None:
+        if self._replaced and self.trainer.is_global_zero:
+            print(
+                f"{self.trainer.datamodule.label}: {self._replaced:,} samples stood in damaged parts; others took their place "
+                "(data.on_damage=skip)",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def saved_state(self) -> dict[str, Any]:
         """JSON values that a checkpoint keeps for `restore_state`."""
-        return {}
+        return {"replaced": self._replaced} if self._replaced else {}
 
     def restore_state(self, state: dict[str, Any]) -> None:
         """Gives back what `saved_state` gave."""
+        self._replaced = self._replaced_before = state.get("replaced", 0)
 
     def on_validation_epoch_start(self) -> None:
         take_buffers_of_first_rank(self.net)

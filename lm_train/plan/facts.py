@@ -34,6 +34,8 @@ class DataFacts:
     """Mean length of the training texts, where each is a sample."""
     guessed_fraction: float | None = None
     """Share of a block's tokens that a masked language model guesses."""
+    keeps_documents_apart: bool = False
+    """Attention stays within documents: a mask of all pairs of a row's positions, instead of the causal kernels' own."""
     pair_lengths: tuple[float, float] | None = None
     """Mean lengths of the training pairs' sources and targets."""
 
@@ -92,7 +94,8 @@ def known_facts(recipe: Recipe) -> DataFacts:
     if data.kind == "text_classes":
         areas = 8 if data.path is None else None  # of the standard library
         return DataFacts(vocab_size=vocab_size, n_outputs=areas, max_length=data.max_length)
-    return DataFacts(vocab_size=vocab_size)
+    apart = data.kind == "shards" and data.document_boundaries
+    return DataFacts(vocab_size=vocab_size, keeps_documents_apart=apart)
 
 
 def _prepared_vocab_size(folder: str) -> int | None:

@@ -39,7 +39,8 @@ def work_of(model: AnyModel, task: Task, facts: DataFacts, layout: Layout) -> Wo
     vocab_size = facts.vocab_size if isinstance(asked, str) else asked
     match model.kind:
         case "gpt" | "llama" if vocab_size is not None:
-            return decoder_work(model, padded_vocab_size(vocab_size), vocab_size, layout)
+            apart = facts.keeps_documents_apart
+            return decoder_work(model, padded_vocab_size(vocab_size), vocab_size, layout, apart)
         case "bert" if vocab_size is not None and (task == "masked_lm" or facts.n_outputs is not None):
             n_classes = None if task == "masked_lm" else facts.n_outputs
             return bert_work(model, padded_vocab_size(vocab_size), vocab_size, n_classes, facts, layout)

@@ -11,21 +11,26 @@ from lm_train.plan.work.tape import Parameter, Tape, Tensor
 from lm_train.recipe import GPT, Llama
 
 
-def decoder_work(model: GPT | Llama, rows: int, vocab_size: int, layout: Layout) -> Work:
+def decoder_work(model: GPT | Llama, rows: int, vocab_size: int, layout: Layout, apart: bool = False) -> Work:
     """
     Args:
         model: the recipe's model section.
         rows: of the token embedding.
         vocab_size: ids that are in use.
         layout: micro batch, precision, checkpointing, chunks.
+        apart: attention stays within documents.
     """
     tokens = layout.micro_batch_size * model.block_size
     return work_of_passes(
-        layout, lambda tape, weights: _loss(tape, weights, model, rows, vocab_size, layout), batch_bytes(tokens, tokens)
+        layout,
+        lambda tape, weights: _loss(tape, weights, model, rows, vocab_size, layout, apart),
+        batch_bytes(tokens, tokens, tokens) if apart else batch_bytes(tokens, tokens),
     )
 
 
-def _loss(tape: Tape, number: Number, model: GPT | Llama, rows: int, vocab_size: int, layout: Layout) -> Tensor:
+def _loss(
+    tape: Tape, number: Number, model: GPT | Llama, rows: int, vocab_size: int, layout: Layout, apart: bool
+) -> Tensor:
     samples, length, d = layout.micro_batch_size, model.block_size, model.n_embd
     match model.kind:
         case "gpt":
@@ -45,6 +50,7 @@ def _loss(tape: Tape, number: Number, model: GPT | Llama, rows: int, vocab_size:
         norm="rms" if rms else "layer",
         rotary=rms,
         gated=rms,
+        causal=not apart,
     )
     tape.enter("embedding")
     table = Parameter(number, rows, d)
@@ -54,10 +60,12 @@ def _loss(tape: Tape, number: Number, model: GPT | Llama, rows: int, vocab_size:
         x = add(tape, x, embedding(tape, positions, length, "embedding.positions", indices=8 * length), "embedding.sum")
     x = dropout(tape, x, model.dropout, "embedding.dropout")
 
-    def block(x: Tensor, *others: Tensor | None) -> Tensor:
-        return Block(config, number, samples, length)(tape, x)
+    seen = tape.mask(samples * length * length) if apart else None
 
-    x = stack(tape, x, model.n_layer, layout.recomputed_blocks, block, "block")
+    def block(x: Tensor, seen: Tensor | None, *others: Tensor | None) -> Tensor:
+        return Block(config, number, samples, length)(tape, x, seen)
+
+    x = stack(tape, x, model.n_layer, layout.recomputed_blocks, block, "block", seen)
     tape.enter("head")
     x = Norm(number, config)(tape, x, "norm")
     head = table if model.kind == "gpt" or model.tie_embeddings else Parameter(number, rows, d)
