@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 
 from lm_train import data, runs
+from lm_train.data.custom import resume_of_stream
 from lm_train.errors import DataError, ExitCode, UsageError
 from lm_train.hardware import Machine
 from lm_train.plan import Plan, make_plan
@@ -129,3 +131,10 @@ def test_what_cannot_be_used_is_one_line(
         train(points_run("point_classifier", *words, **options))
     assert said in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+def test_a_stream_says_before_the_first_step_whether_it_can_be_read_again() -> None:
+    rows = Dataset.from_dict({"x": [1, 2, 3]}).to_iterable_dataset()
+    assert "takes the same samples only if" in resume_of_stream(rows)
+    assert "takes the same samples only if" in resume_of_stream(rows.shuffle(seed=3, buffer_size=2))
+    assert "whose order cannot be made again" in resume_of_stream(rows.shuffle(buffer_size=2))

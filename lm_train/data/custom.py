@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -75,6 +76,8 @@ class CustomDataModule(DataModule):
         told = str(getattr(self.inner, "fingerprint", ""))
         self.fingerprint = _digest(factory, self.section.args, _length(self.loader), told)
         self._rounds: int | None = None
+        if _is_stream(self.loader) and int(os.environ.get("RANK", 0)) == 0:
+            print(f"{self.label}: {resume_of_stream(self.loader.dataset)}", file=sys.stderr, flush=True)
         if not _is_stream(self.loader):
             self._rounds = len(self._indices(0)) // self.plan.world_size
             if self._rounds == 0:
@@ -330,6 +333,20 @@ def _with_samples(loader: DataLoader[Any], batches: list[list[int]], timeout: fl
 def _is_stream(loader: DataLoader[Any]) -> bool:
     """Whether its batches can only be read one after another."""
     return isinstance(loader.dataset, IterableDataset) or loader.batch_sampler is None
+
+
+def resume_of_stream(dataset: Any) -> str:
+    """What becomes of a run on a stream that is ended and goes on later, for a person, before its first step."""
+    shuffling = getattr(dataset, "_shuffling", None)  # of datasets.IterableDataset
+    if shuffling is not None and getattr(shuffling, "_original_seed", shuffling) is None:
+        return (
+            "a stream shuffled without a seed, whose order cannot be made again: a run that goes on later repeats samples and "
+            "leaves others out; give shuffle(seed=...)"
+        )
+    return (
+        "a stream: a run that goes on later reads it again up to its place, and takes the same samples only if the stream gives "
+        "the same each time"
+    )
 
 
 def _length(loader: DataLoader[Any]) -> int | None:
