@@ -337,8 +337,7 @@ def _is_stream(loader: DataLoader[Any]) -> bool:
 
 def resume_of_stream(dataset: Any) -> str:
     """What becomes of a run on a stream that is ended and goes on later, for a person, before its first step."""
-    shuffling = getattr(dataset, "_shuffling", None)  # of datasets.IterableDataset
-    if shuffling is not None and getattr(shuffling, "_original_seed", shuffling) is None:
+    if any(map(_is_unseeded, _generators(dataset))):
         return (
             "a stream shuffled without a seed, whose order cannot be made again: a run that goes on later repeats samples and "
             "leaves others out; give shuffle(seed=...)"
@@ -347,6 +346,22 @@ def resume_of_stream(dataset: Any) -> str:
         "a stream: a run that goes on later reads it again up to its place, and takes the same samples only if the stream gives "
         "the same each time"
     )
+
+
+def _generators(dataset: Any) -> Iterator[np.random.Generator]:
+    """Those by which a stream of the `datasets` package shuffles; none of any other stream."""
+    part = getattr(dataset, "_ex_iterable", None)
+    while part is not None:
+        generator = getattr(part, "generator", None)
+        if isinstance(generator, np.random.Generator):
+            yield generator
+        part = getattr(part, "ex_iterable", None)
+
+
+def _is_unseeded(generator: np.random.Generator) -> bool:
+    """Whether it was seeded by the system: with 128 random bits, where a person gives a small number."""
+    entropy = getattr(generator.bit_generator.seed_seq, "entropy", None)  # type: ignore[attr-defined]
+    return isinstance(entropy, int) and entropy >= 1 << 64
 
 
 def _length(loader: DataLoader[Any]) -> int | None:
