@@ -360,7 +360,7 @@ def _generators(dataset: Any) -> Iterator[np.random.Generator]:
 
 def _is_unseeded(generator: np.random.Generator) -> bool:
     """Whether it was seeded by the system: with 128 random bits, where a person gives a small number."""
-    entropy = getattr(generator.bit_generator.seed_seq, "entropy", None)  # type: ignore[attr-defined]
+    entropy = getattr(generator.bit_generator.seed_seq, "entropy", None)
     return isinstance(entropy, int) and entropy >= 1 << 64
 
 
