@@ -142,7 +142,7 @@ def traced(recipe: Recipe, facts: DataFacts, layout: Layout) -> int:
         layout,
         recipe.optim,
         _cluster(),
-        saves=True,
+        copies="never",
         validates=True,
     )
     return said.total - BARE_PROCESS

@@ -128,7 +128,7 @@ def predict(row: Row, words: list[str]) -> tuple[MemoryPrediction, int]:
         layout,
         recipe.optim,
         _cluster(),
-        saves=True,
+        copies="last",
         validates=True,
     )
     return predicted, parameter_count(shapes)

@@ -9,7 +9,14 @@ import pytest
 from lm_train.clusters.types import Cluster, Device, Link
 from lm_train.plan import Interval, Layout
 from lm_train.plan.counts import flops_per_sample, parameter_shapes
-from lm_train.plan.duration import checkpoint_seconds, run_hours, time_of, updated_sizes, validation_seconds
+from lm_train.plan.duration import (
+    checkpoint_seconds,
+    checkpoint_stall,
+    run_hours,
+    time_of,
+    updated_sizes,
+    validation_seconds,
+)
 from lm_train.plan.facts import DataFacts
 from lm_train.plan.prediction import TimePrediction
 from lm_train.plan.rates import FactRates, from_facts
@@ -256,6 +263,14 @@ def test_hours_of_a_run() -> None:
     rates = from_facts(a100x8(), layout())
     save = checkpoint_seconds(1.5e9, layout(), rates)
     assert save.value == pytest.approx(1.5 + 1.5 / 8 / 0.8, rel=0.01)
+    stall = checkpoint_stall(1.5e9, layout(), rates)
+    assert stall.value == pytest.approx(rates.offload(1.5e9 / layout().ranks)), (
+        "a GPU's part over its own way to the host"
+    )
+    beside = run_hours(step, 3600, start_seconds=60, checkpoint=save, stall=stall, saves=10)
+    assert beside.value == pytest.approx((3600 + 60 + 9 * stall.value + save.value) / 3600), (
+        "the last one is waited for"
+    )
     whole = run_hours(step, 3600, start_seconds=60, validation_seconds=10, validations=6, checkpoint=save, saves=10)
     assert whole.value == pytest.approx((3600 + 60 + 60 + 10 * save.value) / 3600)
     # the steps' own share of the error is there whole, the others' only as far as squares add

@@ -16,9 +16,9 @@ import pytest
 
 from lm_train.clusters import Cluster, Device, Link
 from lm_train.plan import DataFacts, Layout, parameter_shapes, state_bytes
-from lm_train.plan.footprint import memory_of
+from lm_train.plan.footprint import Copies, memory_of
 from lm_train.plan.layout import Strategy
-from lm_train.plan.memory import optimizer_values
+from lm_train.plan.memory import checkpoint_bytes, optimizer_values
 from lm_train.plan.moments import Moments, units_of
 from lm_train.plan.prediction import MemoryPrediction
 from lm_train.plan.update import update_moment
@@ -64,11 +64,12 @@ def predicted(
     facts: DataFacts = TEXT,
     optim: AnyOptim | None = None,
     validates: bool = True,
+    copies: Copies = "never",
 ) -> MemoryPrediction:
     shapes, work = parameter_shapes(model, task, facts), work_of(model, task, facts, layout)
     assert shapes is not None
     assert work is not None
-    return memory_of(shapes, work, layout, optim or AdamW(), cluster(), saves=True, validates=validates)
+    return memory_of(shapes, work, layout, optim or AdamW(), cluster(), copies=copies, validates=validates)
 
 
 def spread(strategy: Strategy, ranks: int, **changes: Any) -> Layout:
@@ -247,3 +248,21 @@ def above_bare(name: str, folder: Path) -> tuple[float, float]:
 def test_a_real_training_holds_what_was_predicted(name: str, tmp_path: Path) -> None:
     said, was = above_bare(name, tmp_path)
     assert said == pytest.approx(was, rel=0.05)
+
+
+@pytest.mark.parametrize("strategy", ["single", *STRATEGIES])
+def test_a_copy_to_save_lies_beside_the_training_on_a_cpu_and_on_the_host_of_a_gpu(strategy: Strategy) -> None:
+    layout = spread(strategy, 1 if strategy == "single" else 2, accelerator="cpu")
+    shapes = parameter_shapes(GPT_SMALL, "causal_lm", TEXT)
+    assert shapes is not None
+    copy = checkpoint_bytes(shapes, strategy, layout.precision, AdamW()) // layout.ranks
+    never, last, along = (predicted(layout, copies=copies) for copies in ("never", "last", "all along"))
+    assert along.total == pytest.approx(never.total + copy)
+    assert along.copy_to_save == copy
+    assert never.copy_to_save == 0
+    assert never.total <= last.total <= along.total, "a copy that is taken when the steps are done lies beside less"
+    if strategy != "zero3_offload":
+        on_gpu = replace(layout, accelerator="gpu")
+        difference = predicted(on_gpu, copies="all along").host - predicted(on_gpu, copies="never").host
+        assert difference == copy
+        assert predicted(on_gpu, copies="all along").total == predicted(on_gpu, copies="never").total

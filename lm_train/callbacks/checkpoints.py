@@ -33,6 +33,8 @@ MONITOR = "val/loss"
 """What early stopping looks at."""
 ENOUGH_MEMORY = 2.0
 """A copy is made where so many times its bytes are free on the host, over all ranks of the node."""
+LOOK_S = 1.0
+"""How often a wait for a write looks whether that goes on."""
 LAST_WORDS_S = 4.0
 """How long a training that has failed waits for a write under way; the supervisor ends the others a second later."""
 
@@ -67,6 +69,7 @@ class Checkpoints(L.Callback):
         self.section, self.folder, self.ledger, self.metrics = section, folder, ledger, metrics
         self.state, self.saved, self.before = state, saved, before
         self.writer, self.memory = Writer(), HostMemory()
+        self._snapshot: Snapshot | None = None
         self._saved_step: int | None = None
         self._blocked = 0.0
         self._best = math.inf
@@ -109,7 +112,7 @@ class Checkpoints(L.Callback):
             if trainer.global_step != self._saved_step:
                 self._save(trainer, pl_module, best)
             else:
-                self._take(self.writer.finish())
+                self._take(self._finished())
                 if trainer.is_global_zero:
                     self._keep(self.folder.checkpoints / f"step-{trainer.global_step}", best)
         elif trainer.state.fn == "fit" and self._is_due(trainer):
@@ -118,14 +121,14 @@ class Checkpoints(L.Callback):
     def on_train_end(self, trainer: StepTrainer, pl_module: TrainingModule) -> None:
         self._save(trainer, pl_module)
         with heartbeat.during(Phase.SAVE):
-            self._take(self.writer.finish())
+            self._take(self._finished())
 
     def on_exception(self, trainer: StepTrainer, pl_module: TrainingModule, exception: BaseException) -> None:
         # a stop that came while the loop waited for data: parameters stand as the last step left them; several ranks
         # cannot save here, since each may be at another place
         if isinstance(exception, StopRequested) and trainer.world_size == 1 and trainer.global_step > 0:
             self._save(trainer, pl_module)
-            self._take(self.writer.finish())
+            self._take(self._finished())
         else:
             with contextlib.suppress(OutputError):  # what ended the training counts
                 self._take(self.writer.finish(LAST_WORDS_S))
@@ -155,13 +158,13 @@ class Checkpoints(L.Callback):
         self.metrics.pause()  # waits for the device
         self.ledger.write(trainer, module, before_save=True)
         self.before(trainer, module)
-        self._take(self.writer.finish())
+        self._take(self._finished())
         target = self.folder.checkpoints / f"step-{step}"
         state = {"step": step, **_state_of(trainer), **self.state()}
         take_buffers_of_first_rank(module.net)
         views = checkpoint.views_of(module.net, trainer.optimizers[0], trainer.global_rank, trainer.world_size)
         memory = self.memory if self._is_asynchronous(views) else None
-        snapshot = Snapshot(views, state, memory)
+        snapshot = self._snapshot = Snapshot(views, state, memory)
 
         def write() -> Published:
             self.ledger.sync()
@@ -170,11 +173,21 @@ class Checkpoints(L.Callback):
         self.writer.begin(write)
         self._saved_step = step
         trainer.save_is_due = False
-        published = None if memory is not None else self.writer.finish()
+        published = None if memory is not None else self._finished()
         self._blocked = time.monotonic() - began
         self.metrics.go_on()
         self.saved(step, self._blocked, None)
         self._take(published)
+
+    def _finished(self) -> tuple[Published, float] | None:
+        """What was under way, once it is done; a large write is no hang as long as it goes on."""
+        written, seen = None, -1
+        while self.writer.is_busy and written is None:
+            written = self.writer.finish(LOOK_S)
+            if self._snapshot is not None and self._snapshot.n_given != seen:
+                seen = self._snapshot.n_given
+                heartbeat.alive()
+        return written
 
     def _take(self, written: tuple[Published, float] | None) -> None:
         if written is not None:

@@ -61,6 +61,8 @@ class Snapshot:
         )
         flats = [view.flat.detach() for view in own]
         self.n_bytes = len(self.header) + sum(map(_bytes_of, flats))
+        self.n_given = 0
+        """Bytes that were asked for so far."""
         self._parts = flats if memory is None else [_copied(flats, memory)]
 
     def chunks(self) -> Iterator[memoryview]:
@@ -70,6 +72,7 @@ class Snapshot:
             raw = memoryview(part.cpu().view(torch.uint8).numpy().data) if part.numel() else memoryview(b"")
             for begin in range(0, len(raw), CHUNK):
                 yield raw[begin : begin + CHUNK]
+                self.n_given += CHUNK
 
 
 def _copied(flats: list[Tensor], memory: HostMemory) -> Tensor:

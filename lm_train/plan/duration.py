@@ -247,8 +247,20 @@ def validation_seconds(work: Work, rates: Rates, micro_batches: float) -> float:
 
 
 def checkpoint_seconds(size: float, layout: Layout, rates: Rates) -> Interval:
-    """Of one save of `size` bytes by all ranks together, in which the training stands still."""
+    """Of one save of `size` bytes by all ranks together, from its beginning until it is published."""
     return Interval.around(rates.written(size / layout.nodes), *CHECKPOINT_ERROR)
+
+
+def checkpoint_stall(size: float, layout: Layout, rates: Rates) -> Interval:
+    """Of the training by a save that is written beside it: the copy to host memory.
+
+    On a CPU the writing thread takes time of the cores that the training computes on: none of its time, or all of it.
+    """
+    own = size / layout.ranks
+    if layout.accelerator == "gpu":
+        return Interval.around(rates.offload(own), *CHECKPOINT_ERROR)
+    copy, written = rates.stream(2 * own), rates.written(size / layout.nodes)
+    return Interval(low=copy * (1 - CHECKPOINT_ERROR[0]), value=copy + written / 2, high=(copy + written) * 2)
 
 
 def run_hours(
@@ -259,6 +271,7 @@ def run_hours(
     validation_seconds: float = 0.0,
     validations: int = 0,
     checkpoint: Interval | None = None,
+    stall: Interval | None = None,
     saves: int = 0,
     end_seconds: float = 0.0,
 ) -> Interval:
@@ -278,7 +291,9 @@ def run_hours(
         ),
         Interval.around(start_seconds, *START_ERROR),
         Interval.around(end_seconds, *START_ERROR),
-        (checkpoint or none).times(saves),
+        # the last one is waited for
+        (stall or checkpoint or none).times(max(0, saves - 1)),
+        (checkpoint or none).times(min(1, saves)),
     )
     value = sum(part.value for part in parts)
     below = math.sqrt(sum((part.value - part.low) ** 2 for part in parts))

@@ -3,18 +3,19 @@
 A training holds its parameters and the optimizer's state all the time (`lm_train.plan.memory`); what comes and goes is followed
 from moment to moment: through the forward and the backward pass stage by stage (`lm_train.plan.work`), with the gradients and
 buffers of the strategy (`lm_train.plan.moments`), through the update (`lm_train.plan.update`), and a validation. The worst
-moment counts. Saving a checkpoint takes nothing more of the device: safetensors writes from the tensors where they are on a
-CPU, and from copies in host memory on a GPU.
+moment counts. A save writes from a copy in host memory, which stays for the next one: beside all that follows the first save on
+a CPU, in the host's memory on a GPU.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Literal
 
 from lm_train.clusters import Cluster
 from lm_train.plan.layout import Layout
 from lm_train.plan.memory import checkpoint_bytes, state_bytes
-from lm_train.plan.moments import Moments, NamedShapes
+from lm_train.plan.moments import SAVE, VALIDATION, Moment, Moments, NamedShapes
 from lm_train.plan.prediction import MemoryPrediction
 from lm_train.plan.update import update_moment
 from lm_train.plan.work import Work
@@ -44,6 +45,9 @@ GPU_FRAGMENTS = 0.05
 """Estimate: share of what is allocated that the caching allocator cannot use, by rounding and fragments. It reserves more as long
 as there is room (a quarter to a third in github.com/pytorch/torchtitan/pull/135), and gives that back before it fails."""
 
+Copies = Literal["never", "last", "all along"]
+"""Whether a save takes one: never, where the training waits for the whole save; with the last step only; or on the way."""
+
 
 def memory_of(
     shapes: NamedShapes,
@@ -52,7 +56,7 @@ def memory_of(
     optim: AnyOptim,
     cluster: Cluster,
     *,
-    saves: bool,
+    copies: Copies,
     validates: bool,
 ) -> MemoryPrediction:
     """The peak of the rank that holds most, by part.
@@ -63,7 +67,7 @@ def memory_of(
         layout: how it is run.
         optim: the recipe's optim section.
         cluster: whose devices have so much memory.
-        saves: whether checkpoints are written.
+        copies: when a save takes a copy.
         validates: whether there are validations.
     """
     state = state_bytes(shapes, layout.strategy, layout.precision, optim, layout.ranks)
@@ -74,11 +78,22 @@ def memory_of(
         moments = [replace(moment, gradients=0) for moment in moments]
     else:
         moments.append(update_moment(shapes, layout, optim, state, passes.batches))
+    copy = (
+        0
+        if copies == "never"
+        else -(-checkpoint_bytes(shapes, layout.strategy, layout.precision, optim) // layout.ranks)
+    )
+    if copy and layout.accelerator == "cpu":
+        # ZeRO-1 and 2 let go of the gradients with the update
+        gradients = 0 if layout.strategy in ("zero1", "zero2") else state.gradients
+        moments.append(Moment(SAVE, gradients, passes.batches, copy=copy))
+        beside = (VALIDATION,) if copies == "last" else tuple(moment.name for moment in moments)
+        moments = [replace(moment, copy=copy) if moment.name in beside else moment for moment in moments]
     worst = max(moments, key=lambda moment: moment.total)
     parameters, optimizer = (0, 0) if offloads else (state.parameters, state.optimizer)
     on_host = state.total if offloads else 0
-    if saves and layout.accelerator == "gpu":
-        on_host += checkpoint_bytes(shapes, layout.strategy, layout.precision, optim) // layout.ranks
+    if layout.accelerator == "gpu":
+        on_host += copy
     return MemoryPrediction(
         parameters=parameters,
         gradients=worst.gradients,
@@ -86,6 +101,7 @@ def memory_of(
         activations=worst.activations,
         logits=worst.logits,
         buffers=worst.buffers,
+        copy_to_save=worst.copy,
         reserve=_reserve(layout, cluster, parameters + optimizer + worst.total),
         moment=worst.name,
         host=on_host,

@@ -23,7 +23,9 @@ class Costs:
     validation: float
     """Of one validation."""
     checkpoint: Interval
-    """Of one save."""
+    """Of one save, until it is published."""
+    stall: Interval
+    """Of the training, by a save on the way."""
     validate_every: int | None
     """Steps; None: at the end only."""
     save_every: int | None
@@ -37,6 +39,7 @@ class Costs:
             validation_seconds=self.validation,
             validations=_times(steps, self.validate_every),
             checkpoint=self.checkpoint,
+            stall=self.stall,
             saves=_times(steps, self.save_every),
             end_seconds=END_SECONDS,
         )
@@ -47,7 +50,7 @@ class Costs:
             return 0
         each = step.seconds
         each += self.validation / self.validate_every if self.validate_every else 0.0
-        each += self.checkpoint.value / self.save_every if self.save_every else 0.0
+        each += self.stall.value / self.save_every if self.save_every else 0.0
         around = self.start + self.validation + self.checkpoint.value + END_SECONDS
         return max(0, math.floor((hours * 3600 - around) / each))
 
@@ -101,6 +104,7 @@ def prediction_of(
         validation_seconds=costs.validation,
         checkpoint_bytes=checkpoint_bytes,
         checkpoint_seconds=costs.checkpoint,
+        checkpoint_stall=costs.stall,
         hours=hours,
         gpu_hours=gpu_hours,
         money=None if price is None else gpu_hours.times(price),

@@ -28,7 +28,8 @@ BATCHES = {"cpu": 4, "gpu": 2}
 _UNIT = re.compile(r"(?:\w+\.)*?\w+\.\d+(?=\.)")
 
 FORWARD, BACKWARD, REDUCTION = "the forward pass", "the backward pass", "the reduction of gradients"
-VALIDATION, BUCKETS, UPDATE = "a validation", "the second step, when ddp lays its buckets out anew", "the update"
+VALIDATION, SAVE = "a validation", "a save"
+BUCKETS, UPDATE = "the second step, when ddp lays its buckets out anew", "the update"
 
 
 @dataclass(frozen=True)
@@ -40,10 +41,12 @@ class Moment:
     activations: int
     logits: int = 0
     buffers: int = 0
+    copy: int = 0
+    """Of what a save writes, where that lies in the same memory."""
 
     @property
     def total(self) -> int:
-        return self.gradients + self.activations + self.logits + self.buffers
+        return self.gradients + self.activations + self.logits + self.buffers + self.copy
 
 
 def units_of(shapes: NamedShapes) -> dict[str, int]:

@@ -90,7 +90,8 @@ def _cost(recipe: Recipe, target: Target, layout: Layout, steps: int | None, for
     if steps is None:
         return ""
     step = forecast.step(layout)
-    costs = Costs(target.cluster.start_seconds, 0.0, forecast.checkpoint_seconds(layout), None, None)
+    save = forecast.checkpoint_seconds(layout)
+    costs = Costs(target.cluster.start_seconds, 0.0, save, save, None, None)
     hours = costs.hours(steps, step).value
     spent, price = hours * layout.ranks, target.cluster.price_per_gpu_hour
     money = "" if price is None else f", {spent * price:,.0f} {target.cluster.currency}"

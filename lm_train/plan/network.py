@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 
 from lm_train.errors import DataError, UsageError
 from lm_train.plan.counts import Shapes, flops_per_sample, parameter_count, parameter_shapes
-from lm_train.plan.duration import checkpoint_seconds, time_of, validation_seconds
+from lm_train.plan.duration import checkpoint_seconds, checkpoint_stall, time_of, validation_seconds
 from lm_train.plan.facts import DataFacts, known_facts, with_assumptions
-from lm_train.plan.footprint import memory_of
+from lm_train.plan.footprint import Copies, memory_of
 from lm_train.plan.layout import Layout, Strategy
 from lm_train.plan.memory import checkpoint_bytes
 from lm_train.plan.prediction import Interval, MemoryPrediction, TimePrediction
@@ -112,15 +112,24 @@ class Forecaster:
         return self._rates[key]
 
     def memory(self, layout: Layout) -> MemoryPrediction:
-        return memory_of(
-            self.shapes,
-            self.work(layout),
-            layout,
-            self.recipe.optim,
-            self.target.cluster_for(layout.devices),
-            saves=True,
-            validates=self.recipe.trainer.limit_val_batches != 0,
-        )
+        section, last = self.recipe.checkpoint, self.recipe.trainer.max_steps
+        often = (section.every_n_steps, section.keep_every_n_steps, self.recipe.trainer.val_check_interval)
+        on_the_way = any(every is not None and (last == "auto" or every < last) for every in often)
+        copying: Copies = "never" if section.asynchronous is False else "all along" if on_the_way else "last"
+
+        def with_copies(copies: Copies) -> MemoryPrediction:
+            return memory_of(
+                self.shapes,
+                self.work(layout),
+                layout,
+                self.recipe.optim,
+                self.target.cluster_for(layout.devices),
+                copies=copies,
+                validates=self.recipe.trainer.limit_val_batches != 0,
+            )
+
+        found = with_copies(copying)
+        return found if found.fits or section.asynchronous != "auto" else with_copies("never")
 
     def step(self, layout: Layout) -> TimePrediction:
         return time_of(
@@ -139,6 +148,12 @@ class Forecaster:
 
     def checkpoint_seconds(self, layout: Layout) -> Interval:
         return checkpoint_seconds(self.checkpoint_bytes(layout), layout, self.rates(layout))
+
+    def checkpoint_stall(self, layout: Layout) -> Interval:
+        """For which a save on the way holds up the training."""
+        if self.recipe.checkpoint.asynchronous is False:
+            return self.checkpoint_seconds(layout)
+        return checkpoint_stall(self.checkpoint_bytes(layout), layout, self.rates(layout))
 
     def validation_seconds(self, layout: Layout) -> float:
         """Of one validation; one whose length only the data tell counts as none."""

@@ -227,6 +227,7 @@ def _costs(recipe: Recipe, target: Target, trial: Trial, forecast: Forecaster) -
         start=target.cluster.start_seconds,
         validation=forecast.validation_seconds(trial.layout),
         checkpoint=forecast.checkpoint_seconds(trial.layout),
+        stall=forecast.checkpoint_stall(trial.layout),
         validate_every=recipe.trainer.val_check_interval,
         save_every=recipe.checkpoint.every_n_steps,
     )

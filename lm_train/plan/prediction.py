@@ -42,6 +42,8 @@ class MemoryPrediction(_Frozen):
     """Logits, and what the loss makes of them."""
     buffers: int
     """Communication: buckets, gathered parameters, what a reduction works on."""
+    copy_to_save: int = 0
+    """On a CPU: of what a save writes while the training goes on; on a GPU that is the host's."""
     reserve: int
     """What the runtime holds besides: context, libraries, the allocator's rounding and fragments."""
     moment: str
@@ -64,6 +66,7 @@ class MemoryPrediction(_Frozen):
             + self.activations
             + self.logits
             + self.buffers
+            + self.copy_to_save
             + self.reserve
         )
 
@@ -130,7 +133,9 @@ class Prediction(_Frozen):
     """Of one validation."""
     checkpoint_bytes: int
     checkpoint_seconds: Interval
-    """Of one save."""
+    """Of one save, until it is published."""
+    checkpoint_stall: Interval | None = None
+    """For which the training stands still for it; None: all of that."""
     hours: Interval
     """Of the whole run: start, steps, validations, saves."""
     gpu_hours: Interval

@@ -92,9 +92,13 @@ def _foretold(plan: Plan, prediction: Prediction) -> Iterator[Row]:
     else:
         yield Row("run", UNKNOWN)
     save = prediction.checkpoint_seconds
+    stall = prediction.checkpoint_stall
     yield Row(
         "checkpoint",
         f"{size_of(prediction.checkpoint_bytes)}, {_seconds(save.value)} ({_seconds(save.low)} to {_seconds(save.high)})",
+        ""
+        if stall is None or stall == save
+        else f"written beside the training, which loses {_seconds(stall.value)} for it",
     )
     if prediction.final_loss is not None and plan.steps_known:
         loss = prediction.final_loss
@@ -107,8 +111,8 @@ def _foretold(plan: Plan, prediction: Prediction) -> Iterator[Row]:
 
 def _memory(prediction: Prediction) -> dict[str, str]:
     memory = prediction.memory
-    names = ("parameters", "gradients", "optimizer", "activations", "logits", "buffers", "reserve")
-    return {name: size_of(getattr(memory, name)) for name in names if getattr(memory, name)}
+    names = ("parameters", "gradients", "optimizer", "activations", "logits", "buffers", "copy_to_save", "reserve")
+    return {name.replace("_", " "): size_of(getattr(memory, name)) for name in names if getattr(memory, name)}
 
 
 def _step(prediction: Prediction) -> dict[str, str]:
