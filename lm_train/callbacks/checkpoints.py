@@ -18,6 +18,7 @@ from lm_train import checkpoint, heartbeat
 from lm_train.callbacks.ledger import Ledger
 from lm_train.callbacks.metrics import Metrics
 from lm_train.checkpoint import HostMemory, Published, Snapshot, Writer
+from lm_train.checkpoint.snapshot import bytes_of
 from lm_train.clusters.machine import available_host_memory
 from lm_train.errors import CheckpointError, OutputError, StopRequested, UsageError
 from lm_train.heartbeat import Phase
@@ -70,6 +71,7 @@ class Checkpoints(L.Callback):
         self.state, self.saved, self.before = state, saved, before
         self.writer, self.memory = Writer(), HostMemory()
         self._snapshot: Snapshot | None = None
+        self._prepared = False
         self._saved_step: int | None = None
         self._blocked = 0.0
         self._best = math.inf
@@ -91,11 +93,25 @@ class Checkpoints(L.Callback):
         if not trainer.step_is_complete:
             return
         self._take(self.writer.ready())
+        if not self._prepared:
+            self._prepare(trainer, pl_module)
         # a checkpoint knows of the validation at its step, or a run resumed from it would lose that validation; the last
         # step is saved first, since `train` makes up for a last validation that is missing
         last = trainer.global_step == trainer.max_steps
         if last or (self._is_due(trainer) and not trainer.validation_is_due):
             self._save(trainer, pl_module)
+
+    def _prepare(self, trainer: StepTrainer, module: TrainingModule) -> None:
+        """After the first step, when the optimizer has its states: memory for the copies, if there will be saves on the way."""
+        self._prepared = True
+        section, last = self.section, trainer.max_steps
+        often = (section.every_n_steps, section.keep_every_n_steps, trainer.validate_every)
+        if not any(every is not None and every < last for every in often):
+            return
+        views = checkpoint.views_of(module.net, trainer.optimizers[0], trainer.global_rank, trainer.world_size)
+        if self._is_asynchronous(views):
+            flats = [view.flat for view in views.to_save()]
+            self.memory.prepare(sum(map(bytes_of, flats)), pinned=any(flat.is_cuda for flat in flats))
 
     def _is_due(self, trainer: StepTrainer) -> bool:
         steps = (self.section.every_n_steps, self.section.keep_every_n_steps)
@@ -197,7 +213,7 @@ class Checkpoints(L.Callback):
     def _is_asynchronous(self, views: checkpoint.Views) -> bool:
         if self.section.asynchronous != "auto":
             return self.section.asynchronous
-        n_bytes = sum(view.flat.numel() * view.flat.element_size() for view in views.to_save())
+        n_bytes = sum(bytes_of(view.flat) for view in views.to_save())
         ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         return self.memory.n_bytes >= n_bytes or available_host_memory() > ENOUGH_MEMORY * n_bytes * ranks
 

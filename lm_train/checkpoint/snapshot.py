@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,8 +12,9 @@ from torch import Tensor
 
 from lm_train.checkpoint.randomness import random_state
 from lm_train.checkpoint.views import View, Views
-from lm_train.saved.tensors import header_bytes
+from lm_train.saved.tensors import TYPES, header_bytes
 
+_NAMES = {getattr(torch, name): name for name in TYPES}
 CHUNK = 8 << 20
 """Bytes that are hashed and written at a time."""
 
@@ -22,6 +24,17 @@ class HostMemory:
 
     def __init__(self) -> None:
         self._memory: Tensor | None = None
+        self._making: threading.Thread | None = None
+
+    def prepare(self, n_bytes: int, pinned: bool) -> None:
+        """Gets so much in a thread, touched, so that the first save does not wait for that."""
+
+        def make() -> None:
+            self._memory = torch.empty(n_bytes, dtype=torch.uint8, pin_memory=pinned)
+            self._memory.zero_()
+
+        self._making = threading.Thread(target=make, name="memory for checkpoints", daemon=True)
+        self._making.start()
 
     @property
     def n_bytes(self) -> int:
@@ -30,6 +43,9 @@ class HostMemory:
 
     def of(self, n_bytes: int, pinned: bool) -> Tensor:
         """So many bytes, (n_bytes,); what was there before is gone."""
+        if self._making is not None:
+            self._making.join()
+            self._making = None
         if self._memory is None or self._memory.numel() < n_bytes:
             self._memory = None  # before the next: never two at a time
             self._memory = torch.empty(n_bytes, dtype=torch.uint8, pin_memory=pinned)
@@ -60,7 +76,7 @@ class Snapshot:
             {"rng": json.dumps(random_state())},
         )
         flats = [view.flat.detach() for view in own]
-        self.n_bytes = len(self.header) + sum(map(_bytes_of, flats))
+        self.n_bytes = len(self.header) + sum(map(bytes_of, flats))
         self.n_given = 0
         """Bytes that were asked for so far."""
         self._parts = flats if memory is None else [_copied(flats, memory)]
@@ -78,10 +94,10 @@ class Snapshot:
 def _copied(flats: list[Tensor], memory: HostMemory) -> Tensor:
     """All of them one behind the other, (bytes,), as they are now."""
     on_gpu = any(flat.is_cuda for flat in flats)
-    target = memory.of(sum(map(_bytes_of, flats)), pinned=on_gpu)
+    target = memory.of(sum(map(bytes_of, flats)), pinned=on_gpu)
     begin = 0
     for flat in flats:
-        end = begin + _bytes_of(flat)
+        end = begin + bytes_of(flat)
         target[begin:end].view(flat.dtype).copy_(flat, non_blocking=True)
         begin = end
     if on_gpu:
@@ -89,13 +105,13 @@ def _copied(flats: list[Tensor], memory: HostMemory) -> Tensor:
     return target
 
 
-def _bytes_of(tensor: Tensor) -> int:
+def bytes_of(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
 def type_name(tensor: Tensor) -> str:
     """`float32`, as manifests have it."""
-    return str(tensor.dtype).removeprefix("torch.")
+    return _NAMES[tensor.dtype]
 
 
 def _held(views: list[View]) -> dict[str, Any]:
