@@ -5,6 +5,7 @@ latest, best         sealed JSON: {"checkpoint": "step-N", "step": N, ...}
 .step-N.partial/     being written; whoever finds one and does not write it may remove it
 .step-N.replaced/    what step-N was, while another takes its name on a file system that cannot exchange the two
 .step-N.removed/     being removed
+.latest.123          what a process was about to make the new `latest`
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from lm_train.saved.sealed import read_sealed, sealed
 LATEST, BEST = "latest", "best"
 _STEP = re.compile(r"step-(0|[1-9][0-9]{0,11})")
 _HIDDEN = re.compile(rf"\.({_STEP.pattern})\.(partial|replaced|removed)")
+_TORN = re.compile(rf"\.({LATEST}|{BEST})\.[0-9]+")
 
 
 def step_of(checkpoint: Path) -> int:
@@ -51,7 +53,7 @@ def checkpoints_in(folder: Path) -> list[Path]:
 def leftovers(folder: Path) -> list[Path]:
     """What saves and removals that were cut off have left, and nobody needs."""
     try:
-        names = [path for path in folder.iterdir() if _HIDDEN.fullmatch(path.name)]
+        names = [path for path in folder.iterdir() if _HIDDEN.fullmatch(path.name) or _TORN.fullmatch(path.name)]
     except OSError:
         return []
     needed = set(checkpoints_in(folder))

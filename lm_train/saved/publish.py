@@ -73,7 +73,10 @@ def remove_old(newest: Path, keeping: Keeping) -> list[Path]:
         shutil.rmtree(removed, ignore_errors=True)
         old.rename(removed)
     for path in leftovers(folder):
-        shutil.rmtree(path, ignore_errors=True)
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
     return gone
 
 
