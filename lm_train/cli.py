@@ -35,7 +35,7 @@ Words: recipe=NAME|PATH  section.key=value  section=KIND  section={key: value}  
 Sections: model data prepare optim trainer checkpoint tracking budget cluster; `lm-train show recipe=NAME` prints every key.
 
 Exit codes: 0 done; 2 wrong command; 65 bad checkpoint; 66 bad data; 70 our bug; 73 cannot write; 75 stopped early,
-start again; 130 Ctrl-C, saved."""
+start again; 76 no progress over several starts; 130 Ctrl-C, saved."""
 
 VERB_SYNONYMS = {
     "fit": "train",

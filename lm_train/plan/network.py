@@ -168,7 +168,7 @@ def sample_seconds(recipe: Recipe, facts: DataFacts, rates: Rates) -> float:
     """Core seconds until one sample is in a batch; 0 where nobody has measured it (texts of their own length, tables, own
     code)."""
     block_size: int | None = getattr(recipe.model, "block_size", None)
-    if recipe.data.kind in ("embedded", "text") and block_size is not None:
+    if recipe.data.kind in ("embedded", "text", "shards") and block_size is not None:
         return block_size * rates.making["token"]
     if facts.input_shape is not None and len(facts.input_shape) == 3:
         return math.prod(facts.input_shape) * rates.making["value"]
