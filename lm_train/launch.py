@@ -366,6 +366,11 @@ def _warnings(recipe: Recipe, plan: Plan, machine: Machine, allocation: Allocati
             f"srun alone: Slurm cannot start {allocation} again. Told to stop, it saves and ends with exit code 75, and goes on "
             f"with the same command and name={runs.run_name(recipe, allocation)}; sbatch slurm/train.sbatch starts itself again"
         )
+    if os.environ.get("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"):
+        warnings.append(
+            "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD is set: code of yours that calls torch.load runs what a file says; unset it "
+            "(lm_train itself unpickles nothing)"
+        )
     nodes = os.environ.get("SLURM_JOB_NUM_NODES", "1")
     if allocation is None and "SLURM_JOB_ID" in os.environ and nodes != "1":
         warnings.append(

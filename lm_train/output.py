@@ -10,16 +10,18 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, TextIO
 
+from lm_train.redaction import redacted
+
 
 class _LastingStream:
-    """Passes everything on; once the reader has gone, into nothing. What a full disk does not take is left out."""
+    """Passes everything on but secrets; once the reader has gone, into nothing. What a full disk does not take is left out."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
 
     def write(self, text: str) -> int:
         with self._lasting():
-            self._stream.write(text)
+            self._stream.write(redacted(text))
         return len(text)
 
     def flush(self) -> None:
@@ -46,7 +48,7 @@ class _LastingStream:
 
 
 def outlive_readers() -> None:
-    """From now on a closed pipe, or a full disk, on standard output or error is no error."""
+    """From now on a closed pipe, or a full disk, on standard output or error is no error, and no secret is shown there."""
     sys.stdout, sys.stderr = _LastingStream(sys.stdout), _LastingStream(sys.stderr)
 
 

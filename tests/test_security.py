@@ -338,6 +338,7 @@ def test_a_real_resume_with_payloads_beside_its_files(canary: Path, run: RunFold
     )
     assert done.returncode == 0, done.stderr
     assert "resuming from" in done.stderr
+    assert "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD is set" in done.stderr
     assert "Traceback" not in done.stderr
 
 
