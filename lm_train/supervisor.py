@@ -86,6 +86,8 @@ class Supervisor:
                     self.ranks.append(self._start(place, self.boards[len(self.ranks)], attempt, checkpoint))
                 if self.stopping and len(self.ranks) < len(self.places):
                     return self._stopped(_code_of(self.stopping)), None  # the ranks so far would wait for the others
+                if self.stopping:  # this one did not live yet when the signal came
+                    self.ranks[-1].send_signal(self.stopping)
             failure = self._watch(watchdog)
         finally:
             self._kill()
