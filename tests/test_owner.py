@@ -198,7 +198,7 @@ def test_fifty_second_starts_are_refused_in_five_seconds_each(tmp_path: Path, te
             second = Command(tmp_path, words)
             code, _, err = second.end()
             assert time.monotonic() - began < 5
-            assert code == 73
+            assert code == 73, err
             assert f"is at work already (process {first.process.pid} on " in err
         assert first.process.poll() is None
     finally:
