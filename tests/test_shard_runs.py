@@ -121,15 +121,18 @@ def test_a_loader_process_that_is_lost_asks_for_a_new_start(
 ) -> None:
     words = command("train", ", num_workers: 1", trainer__devices=2, trainer__max_steps=100_000)
     with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as process:
-        metrics = tmp_path / "runs/run/metrics.jsonl"
-        until = time.monotonic() + 120
-        while not (metrics.exists() and len(read_jsonl(metrics)) > 2) and time.monotonic() < until:
-            time.sleep(0.1)
-        worker = _workers(process.pid)[0]
-        os.kill(worker, number)
-        began = time.monotonic()
-        _, said = process.communicate(timeout=120)
-        assert time.monotonic() - began < 45
+        try:
+            metrics = tmp_path / "runs/run/metrics.jsonl"
+            until = time.monotonic() + 120
+            while not (metrics.exists() and len(read_jsonl(metrics)) > 2) and time.monotonic() < until:
+                time.sleep(0.1)
+            worker = _workers(process.pid)[0]
+            os.kill(worker, number)
+            began = time.monotonic()
+            _, said = process.communicate(timeout=120)
+            assert time.monotonic() - began < 45
+        finally:
+            process.kill()
     assert process.returncode == 75, said
     assert f"(process {worker})" in said
     assert "loader worker 0" in said
@@ -139,7 +142,8 @@ def _workers(supervisor: int) -> list[int]:
     """Children of the ranks that are Python processes forked from them."""
 
     def children(process: int) -> list[int]:
-        return [int(p) for p in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+        tasks = Path(f"/proc/{process}/task").glob("*/children")  # each thread has its own
+        return [int(child) for task in tasks for child in task.read_text().split()]
 
     ranks = children(supervisor)
     return [child for rank in ranks for child in children(rank)]
