@@ -4,12 +4,14 @@ The baseline is `tokenizers`' `encode_batch` with its ids taken out, `[encoding.
 in the same batches. Beside it, in turns, with as many threads: `tokenise_and_pack`, from texts to shards on the disk; `prepare`,
 all that `lm-train prepare` does to a unit by default (cleaning, keys of duplicates, checksums) and packing; `near`, that with
 signatures of near duplicates. Above 1 is faster than the baseline. One thread is measured in CPU time, which what else the
-machine does changes little; two by the clock. Besides: recall and precision of near duplicates against exact similarity.
+machine does changes little; two by the clock. Besides: recall and precision of near duplicates against exact similarity. What
+is not measured again stays in the file of results.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import statistics
 import tempfile
@@ -18,7 +20,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-from report import write_results
+from report import RESULTS, write_results
 from tokenizers import Tokenizer
 
 from lm_train.data.shards import write_shard
@@ -122,7 +124,9 @@ def main() -> None:
         )
     ]
     tokenizer = train_bpe((document.text for unit in units for document in unit.documents), 2048)
-    result: dict[str, object] = {"text": source.label, "tokenizer": "bpe:2048", "rounds": arguments.rounds}
+    earlier = RESULTS / "prepare.json"
+    result: dict[str, object] = json.loads(earlier.read_text())["result"] if earlier.exists() else {}
+    result |= {"text": source.label, "tokenizer": "bpe:2048", "rounds": arguments.rounds}
     with tempfile.TemporaryDirectory() as folder:
         here = Path(folder)
         for part in ("units", "shards", "lines"):
@@ -155,7 +159,8 @@ def main() -> None:
                     lambda: baseline(tokenizer, units[:2]), {"prepare": both}, arguments.rounds, time.monotonic
                 )
             result["two_threads_by_the_clock"] = {name: summary(values) for name, values in found.items()}
-    result["near_duplicates"] = near_duplicates(arguments.pairs, seed=1)
+    if arguments.pairs:
+        result["near_duplicates"] = near_duplicates(arguments.pairs, seed=1)
     print(result)
     write_results("prepare", result)
 
