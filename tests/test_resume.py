@@ -12,9 +12,11 @@ import pytest
 from lm_train import ledger
 from lm_train.checkpoint import seed_random
 from lm_train.errors import ExitCode
-from lm_train.runs import RunFolder
+from lm_train.runs import RunFolder, read_jsonl
 from lm_train.train import train
 from tests.conftest import Ranks
+from tests.small_runs import small_run
+from tests.test_strategies import LOSS_BOUND, NORM_BOUND
 
 NewRun = Callable[..., RunFolder]
 WORDS = (
@@ -48,6 +50,7 @@ def cases() -> list:
                 (),
                 ("trainer.accumulate_grad_batches=2", "trainer.gradient_clip_val=null"),
                 ("trainer.precision=bf16-mixed",),
+                ("trainer.precision=bf16-true", "trainer.gradient_clip_val=null"),
             ):
                 marks = [] if (strategy, size, words) in kept else [pytest.mark.slow]
                 name = f"{strategy}-{size}" + "".join(
@@ -65,6 +68,54 @@ def test_a_resumed_run_writes_the_same_lines(
     assert [row.step for row in ledger.read(straight)] == list(range(1, 10))
     assert [row.step for row in ledger.read(resumed)] == list(range(5, 10))
     assert ledger.compare(straight, resumed, first=5) is None
+
+
+KINDS = {
+    "lstm": ("gpt_debug", "model={kind: recurrent, cell: lstm, n_layer: 2, n_embd: 16, hidden_size: 32, block_size: 16}",
+             "model.dropout=0.1", "data.tokenizer=bytes"),
+    "bert": ("bert_debug", "model={kind: bert, n_layer: 1, n_head: 2, n_embd: 32, block_size: 16, dropout: 0.1}",
+             "data.tokenizer=bytes"),
+    "workers": ("gpt_debug", "model={kind: gpt, n_layer: 1, n_head: 2, n_embd: 32, block_size: 16, dropout: 0.1}",
+                "data.tokenizer=bytes", "data.num_workers=2"),
+    "images": ("cnn_digits", "model={kind: resnet, stem: 4, channels: [4, 8], blocks: [1, 0]}",
+               "data={kind: images, global_batch_size: 16, crop: 1}"),
+    "pairs": ("seq2seq_debug", "data.global_batch_size=16"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", [k if k == "images" else pytest.param(k, marks=pytest.mark.slow) for k in KINDS])
+def test_every_kind_goes_on_exactly(ranks: Ranks, tmp_path: Path, cache: Path, text_file: Path, kind: str) -> None:
+    """Batch norm's buffers, what was drawn for a sample, masks, lengths, and loaders with processes of their own."""
+    recipe, *words = KINDS[kind]
+    words += ["checkpoint.every_n_steps=4", "checkpoint.keep_last=9", "trainer.max_steps=9", "trainer.devices=2"]
+    words += ["trainer.log_every_n_steps=3", "trainer.sample_tokens=0", "trainer.limit_val_batches=2"]
+    words += ["trainer.val_check_interval=4", "trainer.limit_test_batches=0"]
+    words += [f"data.path={text_file}"] if recipe in ("gpt_debug", "bert_debug") else []
+    straight, resumed = (small_run(tmp_path, recipe, *words, name=name) for name in ("straight", "resumed"))
+    pair = ranks("ddp")
+    pair.run("run", folder=str(straight.root))
+    pair.run("run", folder=str(resumed.root), resume_from=str(straight.checkpoints / "step-4"))
+    assert [row.step for row in ledger.read(straight.ledger)] == list(range(1, 10))
+    assert ledger.last_step(resumed.ledger) == 9
+    assert ledger.compare(straight.ledger, resumed.ledger, first=5) is None
+    evaluations = [[r for r in read_jsonl(f.metrics) if "val/loss" in r and r["step"] > 4] for f in (straight, resumed)]
+    assert evaluations[0] == evaluations[1] != []
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), pytest.param(1, 3, marks=pytest.mark.slow)])
+def test_another_number_of_ranks_takes_the_same_samples(ranks: Ranks, new_run: NewRun, before: int, after: int) -> None:
+    """Sums come in another order, so the last digits of losses differ; which samples a step holds does not."""
+    words = (*WORDS, "model.dropout=0")
+    first = new_run(*words, f"trainer.devices={before}", name="first")
+    second = new_run(*words, f"trainer.devices={after}", name="second")
+    ranks("ddp", size=before).run("run", folder=str(first.root))
+    ranks("ddp", size=after).run("run", folder=str(second.root), resume_from=str(first.checkpoints / "step-4"))
+    expected, found = list(ledger.read(first.ledger))[4:], list(ledger.read(second.ledger))
+    assert [row.step for row in found] == list(range(5, 10))
+    for a, b in zip(expected, found, strict=True):
+        assert (a.samples, a.learning_rate) == (b.samples, b.learning_rate)
+        assert float.fromhex(b.loss) == pytest.approx(float.fromhex(a.loss), rel=LOSS_BOUND)
+        assert float.fromhex(b.grad_norm) == pytest.approx(float.fromhex(a.grad_norm), rel=NORM_BOUND)
 
 
 def test_what_had_stopped_early_does_not_train_on(new_run: NewRun) -> None:

@@ -177,6 +177,8 @@ class CustomDataModule(DataModule):
                 f"{self.label}: goes on at its place in the order; what the data set draws by itself is drawn anew",
                 file=sys.stderr,
             )
+        if self.sample_ids(self.start_step) is None and rank == 0:
+            print(f"{self.label}: its samples have no numbers; ledger.jsonl says null in their place", file=sys.stderr)
         self.train_loader = TimedLoader(_Training(self, rank))  # type: ignore[arg-type]
         return self.train_loader
 
