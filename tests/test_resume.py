@@ -83,7 +83,8 @@ KINDS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", [k if k == "images" else pytest.param(k, marks=pytest.mark.slow) for k in KINDS])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_goes_on_exactly(ranks: Ranks, tmp_path: Path, cache: Path, text_file: Path, kind: str) -> None:
     """Batch norm's buffers, what was drawn for a sample, masks, lengths, and loaders with processes of their own."""
     recipe, *words = KINDS[kind]
@@ -102,7 +103,8 @@ def test_every_kind_goes_on_exactly(ranks: Ranks, tmp_path: Path, cache: Path, t
     assert evaluations[0] == evaluations[1] != []
 
 
-@pytest.mark.parametrize(("before", "after"), [(2, 1), pytest.param(1, 3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 3)])
 def test_another_number_of_ranks_takes_the_same_samples(ranks: Ranks, new_run: NewRun, before: int, after: int) -> None:
     """Sums come in another order, so the last digits of losses differ; which samples a step holds does not."""
     words = (*WORDS, "model.dropout=0")

@@ -159,7 +159,7 @@ class CustomDataModule(DataModule):
             epoch, round_ = divmod(number, self._rounds)
             if epoch not in self._orders:
                 self._indices(epoch)
-            order = self._orders[epoch]
+            order = self._orders.get(epoch)  # rank 0 alone remembers
             if order is None:
                 return None
             samples = order[round_ * world : (round_ + 1) * world].reshape(-1)
@@ -177,7 +177,7 @@ class CustomDataModule(DataModule):
                 f"{self.label}: goes on at its place in the order; what the data set draws by itself is drawn anew",
                 file=sys.stderr,
             )
-        if self.sample_ids(self.start_step) is None and rank == 0:
+        if _is_stream(self.loader) and rank == 0:
             print(f"{self.label}: its samples have no numbers; ledger.jsonl says null in their place", file=sys.stderr)
         self.train_loader = TimedLoader(_Training(self, rank))  # type: ignore[arg-type]
         return self.train_loader
