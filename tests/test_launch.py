@@ -19,8 +19,10 @@ from pathlib import Path
 
 import pytest
 
+from lm_train import heartbeat
 from lm_train import launch as launching
 from lm_train.errors import ExitCode
+from lm_train.heartbeat import Phase
 from lm_train.recipe import load
 from lm_train.runs import RunFolder, read_jsonl
 from tests.commands import ENDLESS, Command
@@ -183,7 +185,10 @@ def test_a_run_killed_and_started_again_has_the_losses_of_the_undisturbed_one(la
 def test_a_stop_ends_a_validation_too(launch) -> None:
     command = launch(*ENDLESS, "trainer.val_check_interval=40", "data.val_fraction=0.9", "data.micro_batch_size=1")
     command.wait_for_steps()
-    time.sleep(1.5)  # long after step 40 of a few milliseconds each; the validation takes far longer
+    rank = command.ranks()[0]
+    while (beat := heartbeat.seen(command.process.pid, rank)) is None or beat.phase is not Phase.VALIDATION:
+        assert command.process.poll() is None
+        time.sleep(0.01)
     command.process.send_signal(signal.SIGTERM)
     code, _, err = command.end(timeout=10)
     assert code == 75, err
