@@ -98,7 +98,9 @@ def report(pieces: list[Piece], rows: list[Row], seed: int) -> int:
         for row in table
     ]
     failures = [f"* {row['piece']}: {failure}" for row in table for failure in row["failures"]]
-    text = "\n".join([*lines, "", *(["Failures:", "", *failures] if failures else ["No failures."])])
+    text = "\n".join(
+        [*lines, "", *(["Failures:", "", *failures] if failures else ["No failure among the cases done."])]
+    )
     print(text)
     write_results("chaos", {"seed": seed, "pieces": table}, "chaos")
     head = f"# Chaos suite\n\n`python benchmarks/chaos.py run && python benchmarks/chaos.py report`, seed {seed}\n\n"
