@@ -114,7 +114,7 @@ def test_a_recipe_that_no_seed_decides_is_found_out(tmp_path: Path, cache: Path)
     """A network that adds what the system draws: the check must be able to fail."""
     words = (
         'model={kind: custom, factory: "tests.custom_parts:undecided"}',
-        'data={kind: custom, factory: "tests.custom_parts:points", global_batch_size: 8, micro_batch_size: 8, '
+        'data={kind: custom, factory: "tests.custom_parts:points", global_batch_size: 4, micro_batch_size: 4, '
         "task: classification}",
         "plugins=tests", "optim={kind: sgd, learning_rate: 0.1}", "recipe=gpt_debug", "trainer.max_steps=12",
         "trainer.val_check_interval=null",
