@@ -1,7 +1,7 @@
 """Predicted against measured step time of CPU trainings after `lm-train calibrate`, and what choosing by it costs.
 
     python benchmarks/step_time.py measure [--rounds 2] [--only NAME ...] [--minutes M]     trains, adds rows to the raw file
-    python benchmarks/step_time.py regret [--minutes M]                                     tries every layout of three recipes
+    python benchmarks/step_time.py regret [--only NAME ...] [--minutes M]      tries every layout of three recipes
     python benchmarks/step_time.py making                                                   seconds until a value is in a batch
     python benchmarks/step_time.py report                                                   predicts, and writes the results
 
@@ -232,10 +232,12 @@ def measure(rounds: int, only: list[str] | None, minutes: float) -> None:
                 print(f"{name:<32} {statistics.median(found['seconds']) * 1e3:10.1f} ms", flush=True)
 
 
-def regret(minutes: float) -> None:
+def regret(only: list[str] | None, minutes: float) -> None:
     """Throughput of every layout of the searched recipes, one after another."""
     raw, until = read_raw(), time.monotonic() + 60 * minutes
     for name, words in SEARCHED.items():
+        if only and name not in only:
+            continue
         total = load(list(words)).data.global_batch_size
         assert isinstance(total, int)
         tried = raw["regret"].setdefault(name, {})
@@ -424,7 +426,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("do", choices=("measure", "regret", "making", "report"))
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--only", nargs="+", help="names of rows")
+    parser.add_argument("--only", nargs="+", help="names of rows, or of recipes")
     parser.add_argument("--minutes", type=float, default=1e9, help="begins no run after so many")
     options = parser.parse_args()
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -433,7 +435,7 @@ def main() -> None:
         case "measure":
             measure(options.rounds, options.only, options.minutes)
         case "regret":
-            regret(options.minutes)
+            regret(options.only, options.minutes)
         case "making":
             making()
         case "report":

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lm_train import runs
+import torch
+
+from lm_train import checkpoint, runs
 from lm_train.hardware import Machine
 from lm_train.plan import make_plan
 from lm_train.recipe import load
@@ -25,3 +27,8 @@ def small_run(runs_dir: Path, recipe: str, *words: str, name: str = "run") -> Ru
     given = SMALL | dict(word.split("=", 1) for word in words)
     asked = load([f"recipe={recipe}", *(f"{k}={v}" for k, v in given.items()), f"name={name}", f"runs_dir={runs_dir}"])
     return runs.create(asked, make_plan(asked, Machine(cpu_cores=2, gpus=())))
+
+
+def save_something(run: RunFolder) -> None:
+    """A good checkpoint of step 1 of some network, so that the run has one."""
+    checkpoint.save(run.checkpoints / "step-1", checkpoint.views_of(torch.nn.Linear(2, 2), None, 0, 1), {"step": 1})

@@ -121,6 +121,7 @@ def test_a_stopped_rank_is_named_with_its_stack_and_the_run_ends_for_a_requeue(l
     assert command.ranks() == {}
 
 
+@pytest.mark.slow
 def test_a_held_interpreter_is_named_by_where_and_parts_that_take_their_own_time_are_no_hang(launch: Launch) -> None:
     """The first validation batch takes longer than a step may be silent."""
     words = ("trainer.hang_timeout_s=6", "trainer.val_check_interval=10", "trainer.limit_val_batches=2")

@@ -27,6 +27,7 @@ from lm_train.data.images import balanced_weights
 from lm_train.data.loading import TimedLoader, make_loader
 from lm_train.errors import CheckpointError, DataError, UsageError
 from lm_train.recipe import ImageData, load
+from lm_train.runs import RunFolder
 from tests.image_data import (
     image_plan,
     png,
@@ -37,6 +38,7 @@ from tests.image_data import (
     write_idx_set,
     write_parquet,
 )
+from tests.small_runs import save_something
 from tests.text_data import SHARED
 
 pytestmark = pytest.mark.usefixtures("cache")
@@ -191,8 +193,7 @@ def test_a_resumed_run_must_find_what_it_began_with(tmp_path: Path) -> None:
     again = prepared_images(tmp_path / "a", tmp_path / "run")
     assert first.fingerprint == again.fingerprint
     assert prepared_images(tmp_path / "b", tmp_path / "run").fingerprint != first.fingerprint, "nothing trained yet"
-    (tmp_path / "run/checkpoints/step-1").mkdir(parents=True)
-    (tmp_path / "run/checkpoints/latest").write_text('{"checkpoint": "step-1"}')
+    save_something(RunFolder(tmp_path / "run"))
     with pytest.raises(CheckpointError, match=r"preprocessing.json: the run began with other data"):
         prepared_images(tmp_path / "a", tmp_path / "run")
 

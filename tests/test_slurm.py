@@ -207,6 +207,7 @@ def test_two_nodes_with_two_tasks_each_are_one_run(site: Site, plain: RunFolder)
     assert_same_losses(run, plain)
 
 
+@pytest.mark.slow
 def test_a_budget_ends_the_tasks_of_all_nodes_and_is_not_begun_again(site: Site) -> None:
     words = (
         "trainer.max_steps=10000000",

@@ -20,6 +20,7 @@ from lm_train.errors import CheckpointError, DataError, UsageError
 from lm_train.plan import known_facts
 from lm_train.recipe import Recurrent, TextClassData, load
 from lm_train.runs import RunFolder
+from tests.small_runs import save_something
 from tests.text_data import corpus_of, ids_of, plan_of
 
 Row = dict[str, Any]
@@ -299,8 +300,7 @@ def test_what_a_start_without_a_checkpoint_left_is_written_anew(two_splits: Path
     now.leave(run)
     assert Tokenizer.from_file(str(run.tokenizer)).get_vocab() == now.texts.tokenizer.get_vocab()
     assert json.loads(run.preprocessing.read_text())["cleaning"] == ["control", "unicode", "whitespace"]
-    (run.checkpoints / "step-1").mkdir(parents=True)
-    (run.checkpoints / "latest").write_text('{"checkpoint": "step-1"}')
+    save_something(run)
     run.preprocessing.write_text(json.dumps(json.loads(run.preprocessing.read_text())))
     now.leave(run)
     with pytest.raises(CheckpointError, match=r"tokenizer.json: the run began with other data"):
