@@ -124,7 +124,7 @@ def test_a_loader_process_that_is_lost_asks_for_a_new_start(
         try:
             metrics = tmp_path / "runs/run/metrics.jsonl"
             until = time.monotonic() + 120
-            while not (metrics.exists() and len(read_jsonl(metrics)) > 2) and time.monotonic() < until:
+            while not (metrics.exists() and len(list(read_jsonl(metrics))) > 2) and time.monotonic() < until:
                 time.sleep(0.1)
             worker = _workers(process.pid)[0]
             os.kill(worker, number)

@@ -108,6 +108,8 @@ def watched(batches: Iterator[Batch], patience: float | None) -> Iterator[Batch]
                 break
             except StopIteration:
                 return
+            except (ConnectionError, EOFError):  # it died while it handed over a batch
+                raise WorkerLost(_gone(batches)) from None
             except RuntimeError as error:
                 if " exited unexpectedly" in str(error) and str(error).startswith("DataLoader worker"):
                     raise WorkerLost(_gone(batches)) from None
