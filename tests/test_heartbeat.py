@@ -113,3 +113,4 @@ def test_without_a_supervisor_nothing_happens() -> None:
     heartbeat.alive()
     with heartbeat.during(Phase.SAVE):
         heartbeat.enter(Phase.DATA)
+    assert heartbeat._pulse is None, "nobody has given it memory to beat in"
