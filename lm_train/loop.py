@@ -1,4 +1,4 @@
-"""Lightning's Trainer with a training loop that counts optimizer steps, and four of its habits taken away.
+"""Lightning's Trainer with a training loop that counts optimizer steps, and five of its habits taken away.
 
 The names replaced here are private to Lightning; the constructor asserts that they exist, and the tests count what they
 are for. Seen in lightning 2.6.6:
@@ -6,14 +6,17 @@ are for. Seen in lightning 2.6.6:
     issue 21487);
   * signal handlers save, or broadcast, inside the handler, and hang (issue 21406);
   * 16-bit precisions round every float of a batch, targets and weights of the loss with the inputs;
-  * a requested stop runs a whole validation first, which a preempted job has no time for.
+  * a requested stop runs a whole validation first, which a preempted job has no time for;
+  * every hook of every callback runs inside of a context of its profiler, also where that one records nothing.
 """
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import lightning.pytorch as L
+from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 
 from lm_train.errors import ExitCode
@@ -29,6 +32,15 @@ class _NoSignals(_SignalConnector):
 
     def teardown(self) -> None:
         pass
+
+
+class _NoProfiler(PassThroughProfiler):
+    """Records nothing, and makes no generator for it: a step asks about a hundred times."""
+
+    _nothing = contextlib.nullcontext()
+
+    def profile(self, action_name: str) -> contextlib.nullcontext[None]:
+        return self._nothing
 
 
 class StepTrainer(L.Trainer):
@@ -55,6 +67,7 @@ class StepTrainer(L.Trainer):
             num_sanity_val_steps=0,
             val_check_interval=None,
             max_steps=horizon.max_steps,
+            profiler=_NoProfiler(),
             **options,
         )
         self.horizon = horizon

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import traceback
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as L
 import pytest
 import torch
 from torch import nn
@@ -187,3 +189,24 @@ def test_evaluation_uses_the_running_statistics() -> None:
     norm.running_mean += 3  # type: ignore[operator]
     x = torch.randn(1, 2, 2, 2)
     torch.testing.assert_close(norm.eval()(x), (x - 3) / (1 + norm.eps) ** 0.5)
+
+
+def test_every_step_draws_its_own_numbers_and_seeds_no_device_that_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys: list[int] = []
+    traces: list[int] = []
+    monkeypatch.setattr(traceback, "format_stack", lambda *args: traces.append(len(keys)) or [])
+
+    class Seen(L.Callback):
+        def on_before_zero_grad(self, trainer: L.Trainer, *args: object) -> None:  # no dropout: nothing was drawn since
+            keys.append(torch.initial_seed())
+            fresh = torch.Generator().manual_seed(keys[-1])
+            assert torch.equal(torch.get_rng_state(), fresh.get_state())
+
+    train(small_run(tmp_path, "mlp_digits", "model.dropout=0.0"), callbacks=[Seen()])
+    assert len(set(keys)) == len(keys) == 12
+    assert not [trace for trace in traces if 0 < trace < 12], "torch.manual_seed formats one for each kind of device"
+    seen = len(traces)
+    torch.manual_seed(0)
+    assert torch.cuda.is_initialized() or len(traces) > seen, "the count sees what it is to see"

@@ -112,7 +112,7 @@ class TrainingModule(L.LightningModule, ABC):
         if self._micro(batch_idx) == 0:
             self._make_spike_rule()
             self.withholding.begin()
-        torch.manual_seed(_dropout_key(self.seed, self.global_step, self._micro(batch_idx), self.global_rank))
+        _seed_dropout(_dropout_key(self.seed, self.global_step, self._micro(batch_idx), self.global_rank), self.device)
 
     def inputs(self, batch: Batch) -> dict[str, Tensor]:
         """What the network takes of a batch, by the name of its argument; floats in the type of its weights."""
@@ -189,7 +189,8 @@ class TrainingModule(L.LightningModule, ABC):
                 strategy.leave_out(spikes.is_spike(self._global_loss))
             return
         loss = None if spikes is None else self.step_loss
-        self._grad_norm, mean = clip_gradients(self.net.parameters(), gradient_clip_val, loss)
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self._grad_norm, mean = clip_gradients(parameters, gradient_clip_val, loss)
         if loss is not None:
             loss = mean if mean is not None else self._over_replicas(loss)
         self.step_withheld = self.withholding.judge(self._grad_norm.value, loss)
@@ -299,6 +300,17 @@ def _dropout_key(*parts: int) -> int:
     for part in parts:
         key = ((key ^ (part + 1)) * 0x100000001B3 + (key >> 29)) & (2**64 - 1)
     return key >> 1
+
+
+def _seed_dropout(key: int, device: torch.device) -> None:
+    """As `torch.manual_seed`, of the generators that a step draws from.
+
+    That function also seeds every kind of accelerator there is, used or not: where none is, each of them formats a stack trace
+    of the caller for an error that never comes, at every call.
+    """
+    torch.default_generator.manual_seed(key)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(key)
 
 
 def parameter_table(net: nn.Module) -> Iterable[tuple[str, int]]:
