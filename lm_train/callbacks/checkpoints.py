@@ -72,6 +72,8 @@ class Checkpoints(L.Callback):
         self.writer, self.memory = Writer(), HostMemory()
         self._snapshot: Snapshot | None = None
         self._prepared = False
+        self._n_bytes: int | None = None
+        """Of this rank's tensors in a checkpoint."""
         self._saved_step: int | None = None
         self._blocked = 0.0
         self._best = math.inf
@@ -109,9 +111,10 @@ class Checkpoints(L.Callback):
         if not any(every is not None and every < last for every in often):
             return
         views = checkpoint.views_of(module.net, trainer.optimizers[0], trainer.global_rank, trainer.world_size)
+        flats = [view.flat for view in views.to_save()]
+        self._n_bytes = sum(map(bytes_of, flats))
         if self._is_asynchronous(views):
-            flats = [view.flat for view in views.to_save()]
-            self.memory.prepare(sum(map(bytes_of, flats)), pinned=any(flat.is_cuda for flat in flats))
+            self.memory.prepare(self._n_bytes, pinned=any(flat.is_cuda for flat in flats))
 
     def _is_due(self, trainer: StepTrainer) -> bool:
         steps = (self.section.every_n_steps, self.section.keep_every_n_steps)
@@ -213,7 +216,9 @@ class Checkpoints(L.Callback):
     def _is_asynchronous(self, views: checkpoint.Views) -> bool:
         if self.section.asynchronous != "auto":
             return self.section.asynchronous
-        n_bytes = sum(bytes_of(view.flat) for view in views.to_save())
+        if self._n_bytes is None:
+            self._n_bytes = sum(bytes_of(view.flat) for view in views.to_save())
+        n_bytes = self._n_bytes
         ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         return self.memory.n_bytes >= n_bytes or available_host_memory() > ENOUGH_MEMORY * n_bytes * ranks
 

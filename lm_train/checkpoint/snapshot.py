@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Iterator
+from functools import cached_property
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -67,19 +69,33 @@ class Snapshot:
         self.state = json.dumps(state, indent=1)
         self.optimizer = type(views.optimizer).__name__
         self.optimizer_step = views.optimizer_step()
-        every = list(views.to_save())
-        self.held = _held(every)
+        self._every = list(views.to_save())
         # the widest first: each tensor then begins at a multiple of its elements' width, without a gap
-        own = sorted((view for view in every if view.flat.numel()), key=lambda view: -view.flat.element_size())
-        self.header = header_bytes(
-            ((f"{v.name}|{v.key}|{v.start}", type_name(v.flat), (v.flat.numel(),)) for v in own),
-            {"rng": json.dumps(random_state())},
-        )
-        flats = [view.flat.detach() for view in own]
-        self.n_bytes = len(self.header) + sum(map(bytes_of, flats))
+        self._own = sorted((v for v in self._every if v.flat.numel()), key=lambda view: -view.flat.element_size())
+        self._random = random_state()
+        flats = [view.flat for view in self._own]
+        self._parts = flats if memory is None else [_copied(flats, memory)]
         self.n_given = 0
         """Bytes that were asked for so far."""
-        self._parts = flats if memory is None else [_copied(flats, memory)]
+
+    # Names, shapes and types stay as they are while the training goes on: the writer's thread makes what tells of them.
+
+    @cached_property
+    def held(self) -> dict[str, Any]:
+        """Shape, and type by key, of each tensor that this rank holds a part of."""
+        return _held(self._every)
+
+    @cached_property
+    def header(self) -> bytes:
+        return header_bytes(
+            ((f"{v.name}|{v.key}|{v.start}", type_name(v.flat), (v.flat.numel(),)) for v in self._own),
+            {"rng": json.dumps(self._random)},
+        )
+
+    @cached_property
+    def n_bytes(self) -> int:
+        """Of the file."""
+        return len(self.header) + sum(map(bytes_of, self._parts))
 
     def chunks(self) -> Iterator[memoryview]:
         """The file's bytes."""
@@ -96,9 +112,11 @@ def _copied(flats: list[Tensor], memory: HostMemory) -> Tensor:
     on_gpu = any(flat.is_cuda for flat in flats)
     target = memory.of(sum(map(bytes_of, flats)), pinned=on_gpu)
     begin = 0
-    for flat in flats:
-        end = begin + bytes_of(flat)
-        target[begin:end].view(flat.dtype).copy_(flat, non_blocking=True)
+    for dtype, group in groupby(flats, key=lambda flat: flat.dtype):  # few calls: hundreds of tensors are copied
+        alike = list(group)
+        end = begin + sum(map(bytes_of, alike))
+        places = target[begin:end].view(dtype).split([flat.numel() for flat in alike])
+        torch._foreach_copy_(places, alike, non_blocking=True)
         begin = end
     if on_gpu:
         torch.cuda.current_stream().synchronize()

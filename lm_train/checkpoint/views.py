@@ -96,7 +96,7 @@ class Replicated(Views):
 
     def to_save(self) -> Iterator[View]:
         for view in super().to_save():
-            if view.key == BUFFER:
+            if view.key == BUFFER or self.world == 1:
                 yield view
             else:
                 yield View(view.name, view.key, *slice_of(view.flat, self.rank, self.world), view.shape)
