@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -121,19 +124,24 @@ def spoilt_run(
         resume_from: a checkpoint folder.
 
     Returns:
-        The exit code, or the error's text under "error", and `Digests` by step.
+        The exit code, `Digests` by step, and what was told on standard error.
     """
     signals.forget()
-    digests = Digests()
+    digests, told = Digests(), io.StringIO()
     before = TrainingModule.configure_optimizers
     if fused:
         TrainingModule.configure_optimizers = lambda self: build_optimizer(self.optim, self.net, fused=True)  # type: ignore
     try:
-        code = train(RunFolder(folder), Path(resume_from) if resume_from else None, [Spoil(steps, what, rank), digests])
+        with contextlib.redirect_stderr(told):
+            code = train(
+                RunFolder(folder), Path(resume_from) if resume_from else None, [Spoil(steps, what, rank), digests]
+            )
     finally:
         TrainingModule.configure_optimizers = before  # type: ignore[method-assign]
         signals.forget()
-    return {"code": int(code), "digests": {str(step): value for step, value in digests.found.items()}}
+        sys.stderr.write(told.getvalue())
+    seen = {str(step): value for step, value in digests.found.items()}
+    return {"code": int(code), "digests": seen, "told": told.getvalue()}
 
 
 class Flip(L.Callback):

@@ -25,9 +25,9 @@ NewRun = Callable[..., RunFolder]
 WITHOUT_END = ("trainer.limit_val_batches=0",)
 
 
-def test_a_withheld_step_is_counted_and_named(new_run: NewRun, ranks: Ranks, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_withheld_step_is_counted_and_named(new_run: NewRun, ranks: Ranks) -> None:
     folder = new_run("trainer.max_steps=9", "trainer.devices=2", "checkpoint.every_n_steps=5", *WITHOUT_END)
-    ranks("ddp").run("spoilt_run", folder=str(folder.root), steps=[3, 7, 8], what="nan", rank=1)
+    answers = ranks("ddp").run("spoilt_run", folder=str(folder.root), steps=[3, 7, 8], what="nan", rank=1)
     rows = list(read_jsonl(folder.anomalies))
     assert [(row["step"], row["what"], row["ranks"]) for row in rows] == [(s, "nonfinite", [1]) for s in (3, 7, 8)]
     assert all(len(row["samples"]) == 8 for row in rows), "rank 1's half of 16 samples"
@@ -35,7 +35,7 @@ def test_a_withheld_step_is_counted_and_named(new_run: NewRun, ranks: Ranks, cap
     assert counts == [0, 0, 1, 1, 1, 1, 2, 3, 3]
     state = json.loads((folder.checkpoints / "step-9" / "state.json").read_text())
     assert state["anomalies"]["withheld"] == 3
-    said = [line for line in capfd.readouterr().err.splitlines() if "not finite" in line]
+    said = [line for answer in answers for line in answer["told"].splitlines() if "not finite" in line]
     assert len(said) == 1
     assert "step 3: the loss is not finite on rank 1" in said[0]
 

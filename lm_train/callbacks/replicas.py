@@ -47,12 +47,12 @@ class Replicas(L.Callback):
             self.compare(trainer, pl_module)
 
     def compare(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Every rank calls it at the same step.
+        """Every rank calls it at the same step. A save does so anew, though a step may have: a validation lies between them.
 
         Raises:
             ReplicaError: on every rank, naming the ranks that differ from most others.
         """
-        if self.every is None or self._last_step == trainer.global_step:
+        if self.every is None:
             return
         own = sums_of_bits(module.net)
         gathered = [torch.empty_like(own) for _ in range(trainer.world_size)]

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import random
 import shutil
+import signal
 from typing import Any
 
 from tests.chaos.bench import Bench, Failed
-from tests.chaos.kills import LAYOUTS, check_same, new_folder, step_of_latest
+from tests.chaos.kills import LAYOUTS, REQUEUE, check_same, new_folder, step_of_latest
 from tests.chaos.saves import checkpoint_of
 
 BATCH = 100
@@ -44,10 +45,10 @@ def resumed_from_damage(bench: Bench, case: int, draw: random.Random) -> dict[st
     run = new_folder(bench, name)
     folder = run.root.parent
     command = bench.words(folder, *words)
-    fault = {"rank": 0, "phase": "step", "step": draw.randrange(22, 58), "signal": 15, "to": "all"}
+    fault = {"rank": 0, "phase": "step", "step": draw.randrange(32, 58), "signal": int(signal.SIGKILL)}
     ended = bench.start(command, [fault], name=f"{name}/output").wait()
     newest = step_of_latest(run)
-    if ended.status not in (0, 75) or newest < 20:
+    if ended.status != REQUEUE or newest < 20:
         raise Failed(f"it ended with {ended.status} at step {newest}:\n{ended.output[-1500:]}")
     files = sorted((run.checkpoints / f"step-{newest}").iterdir())
     victim = draw.choice(files)

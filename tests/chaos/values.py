@@ -35,7 +35,8 @@ class Flip(L.Callback):
 def not_finite(bench: Bench, case: int, draw: random.Random) -> dict[str, Any]:
     """One rank's loss or gradient is bad at two steps: both withheld, and the same ledger with a kill in between.
 
-    Every fifth: three steps in a row, again after the run has gone back: ends with 76 and says so.
+    Every fifth: steps in a row, more than patience has, so that there are enough of them again when the run has gone back,
+    be it to a checkpoint amid them: ends with 76 and says so.
     """
     layout = list(LAYOUTS)[case % len(LAYOUTS)]
     words = (*words_of(layout), "trainer.spike_threshold=8", "trainer.spike_window=16")
@@ -44,7 +45,7 @@ def not_finite(bench: Bench, case: int, draw: random.Random) -> dict[str, Any]:
     name = f"values-{case}"
     ever = case % 5 == 4
     first = draw.randrange(24, 36)
-    steps = [first, first + 1, first + 2] if ever else sorted(draw.sample(range(24, 55), 2))
+    steps = list(range(first, first + 6)) if ever else sorted(draw.sample(range(24, 55), 2))
     spoil = {"spoil": steps, "what": "nan" if ever else what, "rank": draw.randrange(world)}
     whole = new_folder(bench, f"{name}-whole")
     ended = bench.start(bench.words(whole.root.parent, *words), [spoil], name=f"{name}-whole/output").wait()
