@@ -65,6 +65,8 @@ class Sight(NamedTuple):
     """Innermost Python frames, once they are known."""
     waits: bool = False
     """Whether these wait for other ranks."""
+    stopped_child: int | None = None
+    """A process that it has started and that a signal has halted: of a loader, say, in the midst of handing over a batch."""
 
     @property
     def progress(self) -> tuple[int, int]:
@@ -245,8 +247,13 @@ class Watchdog:
             time.sleep(0.05)
         time.sleep(0.1)  # for the rest of what is being written
         texts = {rank: board.stacks() for rank, board in zip(self.ranks, self.boards, strict=True)}
+        children = {rank: _stopped_child(pid) for rank, pid in zip(self.ranks, pids, strict=True) if pid is not None}
         return [
-            sight._replace(where=innermost(texts[sight.rank]), waits=_waits(texts[sight.rank], sight, on_cpu))
+            sight._replace(
+                where=innermost(texts[sight.rank]),
+                waits=_waits(texts[sight.rank], sight, on_cpu),
+                stopped_child=children.get(sight.rank),
+            )
             for sight in sights
         ]
 
@@ -262,6 +269,8 @@ def in_words(sight: Sight, at_fault: Sequence[Sight]) -> str:
         facts.append({"T": "it is stopped (SIGSTOP)", "D": "it waits for a disk or file server"}[sight.state])
     elif sight.waits:
         facts.append("it waits for ranks that wait elsewhere" if len(at_fault) > 1 else "it left a collective out")
+    if sight.stopped_child is not None:
+        facts.append(f"its child (process {sight.stopped_child}) is stopped (SIGSTOP)")
     facts.append(f"at {sight.where}" if sight.where else "its Python stack could not be had")
     others = [f"rank {o.rank} after step {o.step} ({o.phase}) at {o.where}" for o in at_fault if o.rank != sight.rank]
     if others:
@@ -291,6 +300,15 @@ def _state_of(pid: int) -> tuple[str, bool]:
     except (OSError, ValueError, KeyError, IndexError):
         return "S", False
     return state, traced or state == "t" or _writes_to_a_reader(pid)
+
+
+def _stopped_child(pid: int) -> int | None:
+    with contextlib.suppress(OSError):
+        for file in Path(f"/proc/{pid}/task").glob("*/children"):  # each thread has its own
+            for child in map(int, file.read_text(encoding="ascii").split()):
+                if _state_of(child)[0] == "T":
+                    return child
+    return None
 
 
 def _writes_to_a_reader(pid: int) -> bool:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from lm_train import heartbeat
 from lm_train.heartbeat import Board, Phase
+from lm_train.watchdog import Watchdog, in_words
 
 RANK = """
 import os, sys, threading, time
@@ -86,6 +89,24 @@ def test_stacks_come_out_while_other_code_holds_the_interpreter(board: Board) ->
             time.sleep(0.01)
         assert rank.poll() is None
     finally:
+        rank.kill()
+        rank.wait()
+
+
+def test_a_stopped_child_is_named_for_whom_a_rank_waits(board: Board, tmp_path: Path) -> None:
+    waits = "child = os.fork()\nif child == 0: time.sleep(100)\nprint(child, flush=True)\nos.waitpid(child, 0)"
+    rank = start(board, waits)
+    assert rank.stdout is not None
+    child = int(rank.stdout.readline())
+    dog = Watchdog([0], [board], 30.0, 1, tmp_path)
+    try:
+        assert [sight.stopped_child for sight in dog.stacks([rank.pid], on_cpu=True)] == [None]
+        os.kill(child, signal.SIGSTOP)
+        sights = dog.stacks([rank.pid], on_cpu=True)
+        assert [sight.stopped_child for sight in sights] == [child]
+        assert f"its child (process {child}) is stopped (SIGSTOP)" in in_words(sights[0], sights)
+    finally:
+        os.kill(child, signal.SIGKILL)
         rank.kill()
         rank.wait()
 

@@ -135,7 +135,8 @@ def test_a_loader_process_that_is_lost_asks_for_a_new_start(
             process.kill()
     assert process.returncode == 75, said
     assert f"(process {worker})" in said
-    assert "loader worker 0" in said
+    # stopped in the midst of handing over a batch, it holds the rank itself, which only the watchdog sees from outside
+    assert "loader worker 0" in said or (number == signal.SIGSTOP and "is stopped (SIGSTOP)" in said)
 
 
 def _workers(supervisor: int) -> list[int]:
