@@ -32,7 +32,7 @@ from report import RESULTS, write_results
 
 from lm_train.clusters import Cluster, Device, Link
 from lm_train.plan import DataFacts, Layout, known_facts, parameter_count, parameter_shapes
-from lm_train.plan.footprint import BARE_PROCESS, CPU_RUNTIME, DEEPSPEED, memory_of
+from lm_train.plan.footprint import BARE_PROCESS, CPU_RUNTIME, DEEPSPEED, Copies, memory_of
 from lm_train.plan.plan import Plan
 from lm_train.plan.prediction import MemoryPrediction
 from lm_train.plan.work import work_of
@@ -109,8 +109,12 @@ def layout_of(row: Row, words: list[str]) -> Layout:
     )
 
 
-def predict(row: Row, words: list[str]) -> tuple[MemoryPrediction, int]:
-    """The prediction, and the parameters of the network."""
+def predict(row: Row, words: list[str], copies: Copies = "last") -> tuple[MemoryPrediction, int]:
+    """The prediction, and the parameters of the network.
+
+    Args:
+        copies: when a save takes a copy; `words` save with the last step alone.
+    """
     recipe, layout = load(words), layout_of(row, words)
     facts = known_facts(recipe)
     if row.data == "images":
@@ -128,7 +132,7 @@ def predict(row: Row, words: list[str]) -> tuple[MemoryPrediction, int]:
         layout,
         recipe.optim,
         _cluster(),
-        copies="last",
+        copies=copies,
         validates=True,
     )
     return predicted, parameter_count(shapes)
@@ -159,7 +163,7 @@ def _cluster() -> Cluster:
 
 
 def measure(row: Row, words: list[str], folder: Path) -> dict[str, Any]:
-    """Bytes above the bare process on the rank with most, and the phase in which they were."""
+    """Bytes above the bare process on the rank with most, and the phase in which they were; the run is left in `folder`."""
     log, runs = folder / "log", folder / "runs"
     log.mkdir()
     environment = os.environ | ALLOCATOR

@@ -32,7 +32,7 @@ class Spoil(L.Callback):
     Args:
         steps: optimizer steps, from 1.
         what: "nan" and "inf" add it to the loss of the last micro batch, whose gradient stays finite; "times": the loss a
-            hundredfold; "gradient": one element becomes inf.
+            hundredfold; "gradient": one element becomes inf, under ZeRO 3, whose own hooks take gradients away, all of them.
         rank: whose; None all.
     """
 
@@ -43,6 +43,7 @@ class Spoil(L.Callback):
         if self.rank not in (None, trainer.global_rank):
             return
         loss_of = pl_module.loss
+        by_loss = self.what == "gradient" and any(hasattr(p, "ds_id") for p in pl_module.net.parameters())
 
         def now() -> bool:
             return trainer.global_step + 1 in self.steps
@@ -51,10 +52,12 @@ class Spoil(L.Callback):
             loss = loss_of(batch)
             if now() and self.what in ("nan", "inf"):
                 loss = loss + float(self.what)
+            if now() and by_loss:
+                loss = loss + (loss - loss.detach()).sqrt()  # adds nothing, and slopes infinitely
             return loss * 100 if now() and self.what == "times" else loss
 
         pl_module.loss = spoilt  # type: ignore[method-assign]
-        if self.what == "gradient":
+        if self.what == "gradient" and not by_loss:
             parameter = next(p for p in pl_module.net.parameters() if p.requires_grad and p.numel())
             parameter.register_hook(lambda gradient: _with_inf(gradient) if now() else gradient)
 

@@ -79,9 +79,7 @@ def strategies() -> list[Any]:
     every = itertools.product(
         ("ddp", "fsdp", "zero1", "zero2", "zero3", "zero3_offload"), ("1.0", "null"), (1, 2), ("nan", "gradient")
     )
-    # the hook that spoils a gradient does not get on with those by which ZeRO 3 takes gradients away
-    possible = [case for case in every if not (case[0].startswith("zero3") and case[3] == "gradient")]
-    return [pytest.param(*case, marks=() if case in kept else SLOW) for case in possible]
+    return [pytest.param(*case, marks=() if case in kept else SLOW) for case in every]
 
 
 @pytest.mark.parametrize(("strategy", "clip", "accumulate", "what"), strategies())
