@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.chaos import cluster, damage, kills, moves, saves, stops, values
+from tests.chaos import cluster, damage, kills, moves, outages, saves, stops, values
 from tests.chaos.bench import Bench, Failed
 
 SEED = 20_261_122
@@ -111,6 +111,13 @@ PIECES = {
             20,
             20,
             values.flipped,
+        ),
+        Piece(
+            "outages",
+            "W&B's server lost, and every row sent later; or its process, or a rank beside it: the same ledger",
+            12,
+            12,
+            outages.wandb_down,
         ),
         Piece("plain-kills", "the same without the fork server", 8, 8, kills.killed_plainly),
         Piece(

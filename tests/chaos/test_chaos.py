@@ -44,6 +44,7 @@ SLOW = {
     "strategies": (1,),
     "values": (1, 2, 3, 4),
     "replicas": (0,),
+    "outages": (0, 1, 2),
     "plain-kills": (0, 6),
 }
 
