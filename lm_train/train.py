@@ -148,6 +148,7 @@ def _train(
             "skipped": datamodule.skipped,
             "anomalies": anomalies.state() | {"window": module.anomaly_window()},
             "module": module.saved_state(),
+            "stream": datamodule.saved_state(trainer.global_step),
         },
         saved=budget.saved,
         before=replicas.compare,
@@ -199,6 +200,7 @@ def _train(
         )
         if checkpoint is not None:
             datamodule.start_step = checkpoint.state["step"]
+            datamodule.restore_state(checkpoint.state.get("stream", {}))
             trainer.start_at(datamodule.start_step)
         if rank == 0:
             _announce(

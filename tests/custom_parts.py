@@ -224,6 +224,31 @@ def point_stream() -> L.LightningDataModule:
     return Streamed()
 
 
+def row_stream(reads: str, buffer: int = 0) -> L.LightningDataModule:
+    """The same points as a stream of the `datasets` package, in five shards, shuffled in a buffer if it has a size.
+
+    Args:
+        reads: a file that takes a byte for each row read.
+        buffer: rows.
+    """
+
+    def read(row: dict[str, Any]) -> dict[str, Any]:
+        with open(reads, "ab") as file:
+            file.write(b".")
+        return row
+
+    class Streamed(Points):
+        def train_dataloader(self) -> Any:
+            from datasets import Dataset  # seconds, which the other parts do not need
+
+            points = [PointStream()] * 4
+            rows = [{k: v.tolist() for k, v in row.items()} for stream in points for row in stream]
+            stream = Dataset.from_list(rows).to_iterable_dataset(num_shards=5).map(read).with_format("torch")
+            return DataLoader(stream.shuffle(seed=3, buffer_size=buffer) if buffer else stream, batch_size=4)
+
+    return Streamed()
+
+
 def broken_points() -> L.LightningDataModule:
     class Broken(Points):
         def setup(self, stage: str) -> None:

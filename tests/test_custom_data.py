@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset
+from torch.utils.data import DataLoader, IterableDataset
 
 from lm_train import data, runs
-from lm_train.data.custom import resume_of_stream
+from lm_train.data.streams import resume_in_words, says_where_it_is
 from lm_train.errors import DataError, ExitCode, UsageError
 from lm_train.hardware import Machine
 from lm_train.plan import Plan, make_plan
@@ -19,6 +21,7 @@ from lm_train.recipe import load
 from lm_train.runs import RunFolder, read_jsonl
 from lm_train.train import train
 from tests.conftest import Ranks
+from tests.custom_parts import PointStream
 from tests.test_strategies import LOSS_BOUND, NORM_BOUND, curve, difference
 
 NETS = {
@@ -133,8 +136,55 @@ def test_what_cannot_be_used_is_one_line(
     assert "\n" not in str(raised.value)
 
 
-def test_a_stream_says_before_the_first_step_whether_it_can_be_read_again() -> None:
-    rows = Dataset.from_dict({"x": [1, 2, 3]}).to_iterable_dataset()
-    assert "takes the same samples only if" in resume_of_stream(rows)
-    assert "takes the same samples only if" in resume_of_stream(rows.shuffle(seed=3, buffer_size=2))
-    assert "whose order cannot be made again" in resume_of_stream(rows.shuffle(buffer_size=2))
+def test_a_stream_says_before_the_first_step_what_a_resumed_run_makes_of_it() -> None:
+    rows = Dataset.from_dict({"x": list(range(9))}).to_iterable_dataset()
+    assert "takes the same samples only if" in resume_in_words(rows, says_where=False)
+    assert "tells it its place" in resume_in_words(rows.shuffle(seed=3, buffer_size=2), says_where=True)
+    assert "whose order cannot be made again" in resume_in_words(rows.shuffle(buffer_size=2), says_where=True)
+    assert says_where_it_is(DataLoader(rows, batch_size=2))
+    assert not says_where_it_is(DataLoader(rows, batch_size=2, num_workers=1))
+    assert not says_where_it_is(DataLoader(PointStream(), batch_size=2))
+    assert not says_where_it_is(DataLoader(Forgetful(), batch_size=2)), "it is tried, not believed"
+    assert next(iter(DataLoader(rows, batch_size=9)))["x"].tolist() == list(range(9)), (
+        "the stream itself was not touched"
+    )
+
+
+class Forgetful(IterableDataset[int]):
+    """Says where it is, and begins anew when it is told."""
+
+    def __iter__(self) -> Iterator[int]:
+        yield from range(20)
+
+    def state_dict(self) -> dict[str, int]:
+        return {"at": 3}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        assert state == {"at": 3}
+
+
+@pytest.mark.parametrize(("buffer", "devices"), [(0, 1), (0, 2), (16, 1)])
+def test_a_stream_that_knows_its_place_is_not_read_again(
+    buffer: int, devices: int, points_run: Callable[..., RunFolder], ranks: Ranks, tmp_path: Path
+) -> None:
+    """In its second epoch, on one process and moved on to two; a buffer's content, which its state does not have, is."""
+    reads = tmp_path / "reads"
+    args = f"{{reads: {reads}, buffer: {buffer}}}"
+    words = ("trainer.max_steps=45", "checkpoint.every_n_steps=40", "trainer.limit_val_batches=0")
+    whole = points_run("point_classifier", *words, factory="row_stream", args=args, name="whole")
+    train(whole)
+    assert reads.stat().st_size > 45 * 8
+    reads.unlink()
+    state = json.loads((whole.checkpoints / "step-40/state.json").read_text())["stream"]
+    assert (state == {}) if buffer else (state["epoch"] == 1)
+    more = (f"trainer.devices={devices}", "trainer.strategy=ddp") if devices > 1 else ()
+    rest = points_run("point_classifier", *words, *more, factory="row_stream", args=args, name="rest")
+    step_40 = whole.checkpoints / "step-40"
+    if devices == 1:
+        train(rest, step_40)
+        assert curve(rest) == curve(whole)[40:]
+    else:
+        ranks("ddp").run("run", folder=str(rest.root), resume_from=str(step_40))
+        assert difference(curve(rest), curve(whole)[40:]).loss <= LOSS_BOUND
+    # five steps, what is fetched ahead, and the trial before the first step
+    assert (reads.stat().st_size > 45 * 8) if buffer else (5 * 8 * devices <= reads.stat().st_size < 120 * devices)

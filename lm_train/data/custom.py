@@ -5,8 +5,9 @@
   A sampler of one's own that divides the samples among ranks would divide them twice, and is refused.
 * The loader's batch size is that of one process: `data.micro_batch_size` must say the same.
 * Shuffling is seeded by (seed, epoch), so that a resumed run goes on at its place in the same order. What a data set draws by
-  itself, such as augmentation, is drawn anew then: an exact resume, bit by bit, is not promised. A stream is read again up
-  to that place. A loader of an evaluation that shuffles has the same order on all ranks, and each time.
+  itself, such as augmentation, is drawn anew then: an exact resume, bit by bit, is not promised. A stream goes on by its own
+  state, or is read again up to that place; see `lm_train.data.streams`. A loader of an evaluation that shuffles has the same
+  order on all ranks, and each time.
 * A batch that is a dictionary of tensors goes to networks of lm_train as it is (`inputs` or `tokens`, `lengths`, `labels` or
   `targets`); any other batch is for a LightningModule, whose steps get it as it came.
 * What the data say for the network stands in the module's attribute `facts`, a dictionary with the names of
@@ -27,7 +28,7 @@ import lightning.pytorch as L
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from lm_train import plugins
 from lm_train.data.batches import Batch, Integers, Split, StepBatches
@@ -35,6 +36,7 @@ from lm_train.data.cache import cache_folder, locked
 from lm_train.data.loading import LOOK_S, TimedLoader, watched
 from lm_train.data.module import DataModule
 from lm_train.data.order import key_of
+from lm_train.data.streams import Places, is_stream, resume_in_words, says_where_it_is
 from lm_train.errors import DataError, UsageError
 from lm_train.plan import DataFacts, Plan
 from lm_train.recipe import AnyModel, CustomData
@@ -53,6 +55,8 @@ class CustomDataModule(DataModule):
         super().__init__(plan, seed)
         self.section = section
         self._orders: dict[int, Integers | None] = {}
+        self.places: Places | None = None
+        self._start: dict[str, Any] | None = None
 
     def prepare(self, model: AnyModel) -> None:
         factory = self.section.factory
@@ -76,9 +80,13 @@ class CustomDataModule(DataModule):
         told = str(getattr(self.inner, "fingerprint", ""))
         self.fingerprint = _digest(factory, self.section.args, _length(self.loader), told)
         self._rounds: int | None = None
-        if _is_stream(self.loader) and int(os.environ.get("RANK", 0)) == 0:
-            print(f"{self.label}: {resume_of_stream(self.loader.dataset)}", file=sys.stderr, flush=True)
-        if not _is_stream(self.loader):
+        if is_stream(self.loader):
+            says_where = says_where_it_is(self.loader)
+            self.places = Places(self.loader) if says_where else None
+            if int(os.environ.get("RANK", 0)) == 0:
+                said = resume_in_words(self.loader.dataset, says_where)
+                print(f"{self.label}: {said}", file=sys.stderr, flush=True)
+        if not is_stream(self.loader):
             self._rounds = len(self._indices(0)) // self.plan.world_size
             if self._rounds == 0:
                 raise DataError(
@@ -134,6 +142,20 @@ class CustomDataModule(DataModule):
         """Rounds of micro batches, one a rank, that lie behind the run after `step` optimizer steps."""
         return self.passed(step) // (self.plan.micro_batch_size * self.plan.world_size)
 
+    def saved_state(self, step: int) -> dict[str, Any]:
+        place = None if self.places is None else self.places.after(self.rounds_passed(step))
+        return {} if place is None else {"passed": self.passed(step), **place}
+
+    def restore_state(self, state: dict[str, Any]) -> None:
+        self._start = state or None
+
+    def start_of_stream(self, rounds: int) -> tuple[int, int]:
+        """Epoch and rounds from which a stream is to be read on, so that after `rounds` of them it is at the run's place."""
+        place = self._start
+        if place is None or self.places is None or place["passed"] != self.passed(self.start_step):
+            return 0, 0
+        return self.places.go_to(place), rounds
+
     def skips(self, round_: int) -> bool:
         """Whether the training leaves a round of micro batches out."""
         position = round_ * self.plan.micro_batch_size * self.plan.world_size
@@ -177,7 +199,7 @@ class CustomDataModule(DataModule):
                 f"{self.label}: goes on at its place in the order; what the data set draws by itself is drawn anew",
                 file=sys.stderr,
             )
-        if _is_stream(self.loader) and rank == 0:
+        if is_stream(self.loader) and rank == 0:
             print(f"{self.label}: its samples have no numbers; ledger.jsonl says null in their place", file=sys.stderr)
         self.train_loader = TimedLoader(_Training(self, rank))  # type: ignore[arg-type]
         return self.train_loader
@@ -215,8 +237,9 @@ class CustomDataModule(DataModule):
             for generator in (loader.generator, getattr(sampler, "generator", None)):
                 if generator is not None:
                     generator.manual_seed(key)
-            if hasattr(sampler, "set_epoch"):
-                sampler.set_epoch(epoch)
+            for part in (sampler, loader.dataset):
+                if hasattr(part, "set_epoch"):
+                    part.set_epoch(epoch)
             yield
 
 
@@ -233,7 +256,7 @@ class _Training:
         plan, left = self.data.plan, len(self)
         done = self.data.rounds_passed(self.data.start_step)
         total = float(plan.global_batch_size)
-        for batch in self._streamed(done) if _is_stream(self.data.loader) else self._chosen(done):
+        for batch in self._streamed(done) if is_stream(self.data.loader) else self._chosen(done):
             yield {**_as_dict(batch), "total": total}
             left -= 1
             if left == 0:
@@ -251,9 +274,10 @@ class _Training:
             epoch, first = epoch + 1, 0
 
     def _streamed(self, done: int) -> Iterator[Any]:
-        data, world, epoch, number = self.data, self.data.plan.world_size, 0, 0
+        data, world = self.data, self.data.plan.world_size
+        epoch, number = data.start_of_stream(done)
+        rounds = number  # of an epoch; those before a place that it was told count as well
         while True:
-            rounds = 0
             waiting: list[Any] = []
             if data.loader.num_workers:
                 data.loader.timeout = LOOK_S
@@ -265,15 +289,17 @@ class _Training:
                 waiting.append(batch if len(waiting) == self.rank else None)
                 if len(waiting) == world:
                     rounds += 1
-                    if number >= done and not data.skips(number):
-                        yield waiting[self.rank]
                     number += 1
+                    if self.rank == 0 and data.places is not None:
+                        data.places.note(number, epoch)
+                    if number > done and not data.skips(number - 1):
+                        yield waiting[self.rank]
                     waiting = []
             if rounds == 0:
                 raise DataError(
                     f"{data.label}: the stream ended without a batch of {data.plan.micro_batch_size} for each rank"
                 )
-            epoch += 1
+            epoch, rounds = epoch + 1, 0
 
 
 class _Evaluation:
@@ -283,12 +309,12 @@ class _Evaluation:
         self.data, self.loader, self.rank, self.world = data, loader, rank, data.plan.world_size
 
     def __len__(self) -> int:
-        if _is_stream(self.loader):
+        if is_stream(self.loader):
             raise TypeError("a stream has no length")
         return -(-len(self.loader) // self.world)
 
     def __iter__(self) -> Iterator[Batch]:
-        if _is_stream(self.loader):
+        if is_stream(self.loader):
             yield from self._streamed()
             return
         with self.data.seeded(0, self.loader):
@@ -332,42 +358,8 @@ def _with_samples(loader: DataLoader[Any], batches: list[list[int]], timeout: fl
     )
 
 
-def _is_stream(loader: DataLoader[Any]) -> bool:
-    """Whether its batches can only be read one after another."""
-    return isinstance(loader.dataset, IterableDataset) or loader.batch_sampler is None
-
-
-def resume_of_stream(dataset: Any) -> str:
-    """What becomes of a run on a stream that is ended and goes on later, for a person, before its first step."""
-    if any(map(_is_unseeded, _generators(dataset))):
-        return (
-            "a stream shuffled without a seed, whose order cannot be made again: a run that goes on later repeats samples and "
-            "leaves others out; give shuffle(seed=...)"
-        )
-    return (
-        "a stream: a run that goes on later reads it again up to its place, and takes the same samples only if the stream gives "
-        "the same each time"
-    )
-
-
-def _generators(dataset: Any) -> Iterator[np.random.Generator]:
-    """Those by which a stream of the `datasets` package shuffles; none of any other stream."""
-    part = getattr(dataset, "_ex_iterable", None)
-    while part is not None:
-        generator = getattr(part, "generator", None)
-        if isinstance(generator, np.random.Generator):
-            yield generator
-        part = getattr(part, "ex_iterable", None)
-
-
-def _is_unseeded(generator: np.random.Generator) -> bool:
-    """Whether it was seeded by the system: with 128 random bits, where a person gives a small number."""
-    entropy = getattr(generator.bit_generator.seed_seq, "entropy", None)
-    return isinstance(entropy, int) and entropy >= 1 << 64
-
-
 def _length(loader: DataLoader[Any]) -> int | None:
-    return None if _is_stream(loader) else len(loader.dataset)  # type: ignore[arg-type]
+    return None if is_stream(loader) else len(loader.dataset)  # type: ignore[arg-type]
 
 
 def _as_dict(batch: Any) -> Batch:

@@ -101,6 +101,13 @@ class DataModule(L.LightningDataModule, ABC):
     def epoch(self, step: int) -> float:
         """Passes over the training split after `step` optimizer steps; what was skipped counts as passed."""
 
+    def saved_state(self, step: int) -> dict[str, Any]:
+        """JSON values that a checkpoint of optimizer step `step` keeps for `restore_state`, if that number does not say all."""
+        return {}
+
+    def restore_state(self, state: dict[str, Any]) -> None:
+        """Gives back what `saved_state` gave, after `start_step` is set."""
+
     def passed(self, step: int) -> int:
         """Samples of the order that lie behind the run after `step` optimizer steps, the skipped ones included."""
         return first_position(step, self.plan.global_batch_size, self.skipped)
