@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-import random
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -18,6 +18,7 @@ from lm_train.plan import make_plan
 from lm_train.recipe import load
 from lm_train.runs import RunFolder
 from tests.pair import Pair
+from tests.sentences import sentences
 
 os.environ.setdefault("WANDB_MODE", "offline")
 
@@ -54,26 +55,8 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(scope="session")
 def text_file(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
     """40 kB of made-up sentences, so that a model has something to learn."""
-    draw = random.Random(0)
-    words = (
-        "the",
-        "a",
-        "small",
-        "large",
-        "model",
-        "data",
-        "loss",
-        "step",
-        "learns",
-        "reads",
-        "holds",
-        "of",
-        "in",
-        "and",
-    )
-    lines = (" ".join(draw.choice(words) for _ in range(draw.randint(4, 12))) + ".\n" for _ in range(1000))
     file = tmp_path_factory.mktemp("text") / "sentences.txt"
-    file.write_text("".join(lines), encoding="utf-8")
+    file.write_text("".join(islice(sentences(), 1000)), encoding="utf-8")
     return file
 
 

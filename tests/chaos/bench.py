@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import json
 import os
-import random
 import secrets
 import selectors
 import shutil
@@ -22,6 +21,7 @@ from typing import Any, NamedTuple
 
 from lm_train.runs import RunFolder
 from tests.chaos.injection import TRACE, ranks_of
+from tests.sentences import sentences
 
 ROOT = Path(__file__).resolve().parents[2]
 MARK = "LM_CHAOS_SUITE"
@@ -340,25 +340,8 @@ class Bench:
 
 def _sentences() -> str:
     """So many bytes that a pass through them ends inside of a run."""
-    draw = random.Random(0)
-    words = (
-        "the",
-        "a",
-        "small",
-        "large",
-        "model",
-        "data",
-        "loss",
-        "step",
-        "learns",
-        "reads",
-        "holds",
-        "of",
-        "in",
-        "and",
-    )
     blocks = EPOCH * 16 + 3
-    text = ""
+    lines, text = sentences(), ""
     while len(text) < blocks * 16 * 10 // 9:
-        text += " ".join(draw.choice(words) for _ in range(draw.randint(4, 12))) + ".\n"
+        text += next(lines)
     return text
