@@ -151,6 +151,12 @@ def _train(words: list[str]) -> int:
     from lm_train.recipe import load
 
     recipe = load(words)
+    unread = next((word for word in words if word.startswith("prepare.")), None)
+    if unread is not None and _speaks(["train", *words]):
+        print(
+            f"lm-train: warning: {_one_line(unread)}: only lm-train prepare reads it; data=shards trains on what that wrote",
+            file=sys.stderr,
+        )
     if recipe.dry_run:
         from lm_train.dry_run import dry_run
 

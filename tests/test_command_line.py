@@ -233,6 +233,14 @@ def test_show_feeds_back(run: Run, tmp_path: Path) -> None:
     assert load(["recipe=mine.yaml"]).model.n_layer == 4
 
 
+def test_what_only_prepare_reads_is_said(run: Run) -> None:
+    words = ("train", "recipe=gpt_debug", "dry_run=true")
+    assert not any("prepare" in line for line in run(*words).problems)
+    told = run(*words, "prepare.dedup=near")
+    assert told.code == 0
+    assert any("warning: prepare.dedup=near: only lm-train prepare reads it" in line for line in told.problems)
+
+
 def test_bug_of_ours_says_so(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(words: object) -> None:
         raise KeyError("inside")
