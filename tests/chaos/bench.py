@@ -60,7 +60,10 @@ class Ended(NamedTuple):
     status: int
     """Exit code, or minus the signal."""
     output: str
+    """Of this start and the ones before it."""
     seconds: float
+    own: str
+    """Of this start."""
 
 
 class Started:
@@ -70,6 +73,8 @@ class Started:
         self.bench, self.number, self.output, self.process = bench, number, output, process
         self.began = time.monotonic()
         self.pid = process.pid if process is not None else 0
+        self.before = 0
+        """Bytes of output that earlier starts have left."""
 
     def ranks(self) -> list[int]:
         """Process ids of its ranks so far, in their order."""
@@ -97,7 +102,9 @@ class Started:
                 self.bench.hear(0.5)
         seconds = time.monotonic() - self.began
         status = self.process.returncode if self.process is not None else self.bench.statuses[self.number]
-        return Ended(status, self.text(), seconds)
+        with contextlib.suppress(OSError):
+            return Ended(status, self.text(), seconds, self.output.read_bytes()[self.before :].decode(errors="replace"))
+        return Ended(status, "", seconds, "")
 
     def until(self, so: Any, what: str, patience_s: float = PATIENCE_S) -> None:
         """Waits for a condition of the run; fails if the command ends before."""
@@ -237,6 +244,7 @@ class Bench:
     def plainly(self, words: Sequence[str], name: str = "output", environment: dict[str, str] | None = None) -> Started:
         """`lm-train WORDS` as users start it."""
         output = self.folder / f"{name}.txt"
+        before = _size(output)
         with output.open("ab") as opened:
             process = subprocess.Popen(
                 [sys.executable, "-m", "lm_train", *words],
@@ -248,6 +256,7 @@ class Bench:
                 start_new_session=True,
             )
         started = Started(self, 0, output, process)
+        started.before = before
         self._plain.append(started)
         return started
 
@@ -288,10 +297,12 @@ class Bench:
         self._number += 1
         number = self._number
         output = self.folder / f"{name}.txt"
+        before = _size(output)
         text = json.dumps({"id": number, "output": str(output), "cwd": str(cwd), **order})
         self._server.stdin.write(text.encode() + b"\n")
         self._server.stdin.flush()
         started = Started(self, number, output, None)
+        started.before = before
         while number not in self.pids:
             self.hear(0.5)
         started.pid = self.pids[number]
@@ -336,6 +347,10 @@ class Bench:
                 self.pids[answer["id"]] = answer["pid"]
             else:
                 self.statuses[answer["id"]] = answer["status"]
+
+
+def _size(file: Path) -> int:
+    return file.stat().st_size if file.exists() else 0
 
 
 def _sentences() -> str:

@@ -101,7 +101,7 @@ def step_of_latest(run: RunFolder) -> int:
 
 def check_resumed(ended: Ended, step: int) -> None:
     """That it went on from the newest checkpoint, as far as it has come to saying so."""
-    last = [line for line in ended.output.splitlines() if line.startswith("resuming from ")][-1:]
+    last = [line for line in ended.own.splitlines() if line.startswith("resuming from ")][-1:]
     if last and not last[0].rstrip("/").endswith(f"step-{step}"):
         raise Failed(f"the newest checkpoint was of step {step}, but it says: {last[0]}")
 
