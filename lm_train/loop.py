@@ -1,7 +1,7 @@
 """Lightning's Trainer with a training loop that counts optimizer steps, and five of its habits taken away.
 
-The names replaced here are private to Lightning; the constructor asserts that they exist, and the tests count what they
-are for. Seen in lightning 2.6.6:
+Most names replaced here are private to Lightning; the constructor asserts that they exist, and the tests count what they are
+for. Seen in lightning 2.6.6:
   * every micro batch broadcasts a SIGTERM flag and waits for it on the host (github.com/Lightning-AI/pytorch-lightning
     issue 21487);
   * signal handlers save, or broadcast, inside the handler, and hang (issue 21406);

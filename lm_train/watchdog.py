@@ -303,8 +303,8 @@ def _state_of(pid: int) -> tuple[str, bool]:
 
 
 def _stopped_child(pid: int) -> int | None:
-    with contextlib.suppress(OSError):
-        for file in Path(f"/proc/{pid}/task").glob("*/children"):  # each thread has its own
+    for file in Path(f"/proc/{pid}/task").glob("*/children"):  # each thread has its own
+        with contextlib.suppress(OSError):  # the thread's end
             for child in map(int, file.read_text(encoding="ascii").split()):
                 if _state_of(child)[0] == "T":
                     return child

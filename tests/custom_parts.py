@@ -243,8 +243,12 @@ def row_stream(reads: str, buffer: int = 0) -> L.LightningDataModule:
 
             points = [PointStream()] * 4
             rows = [{k: v.tolist() for k, v in row.items()} for stream in points for row in stream]
-            stream = Dataset.from_list(rows).to_iterable_dataset(num_shards=5).map(read).with_format("torch")
+            both = Dataset.from_list(rows).to_iterable_dataset(num_shards=5).map(read).with_format("torch")
+            self.val, stream = both.take(20), both.skip(20)
             return DataLoader(stream.shuffle(seed=3, buffer_size=buffer) if buffer else stream, batch_size=4)
+
+        def val_dataloader(self) -> Any:
+            return DataLoader(self.val, batch_size=2)
 
     return Streamed()
 

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from datasets import Dataset
-from torch.utils.data import DataLoader, IterableDataset
+from datasets import Dataset, IterableDataset
+from torch.utils.data import DataLoader
 
 from lm_train import data, runs
-from lm_train.data.streams import resume_in_words, says_where_it_is
+from lm_train.data.streams import Places, places_of, resume_in_words
 from lm_train.errors import DataError, ExitCode, UsageError
 from lm_train.hardware import Machine
 from lm_train.plan import Plan, make_plan
@@ -141,42 +141,66 @@ def test_a_stream_says_before_the_first_step_what_a_resumed_run_makes_of_it() ->
     assert "takes the same samples only if" in resume_in_words(rows, says_where=False)
     assert "tells it its place" in resume_in_words(rows.shuffle(seed=3, buffer_size=2), says_where=True)
     assert "whose order cannot be made again" in resume_in_words(rows.shuffle(buffer_size=2), says_where=True)
-    assert says_where_it_is(DataLoader(rows, batch_size=2))
-    assert not says_where_it_is(DataLoader(rows, batch_size=2, num_workers=1))
-    assert not says_where_it_is(DataLoader(PointStream(), batch_size=2))
-    assert not says_where_it_is(DataLoader(Forgetful(), batch_size=2)), "it is tried, not believed"
+    assert places_of(DataLoader(rows, batch_size=2)) is not None
+    assert places_of(DataLoader(rows, batch_size=2, num_workers=1)) is None
+    assert places_of(DataLoader(rows.shuffle(seed=3, buffer_size=2), batch_size=2)) is None
+    assert places_of(DataLoader(PointStream(), batch_size=2)) is None
+    again = places_of(DataLoader(rows.map(dict), batch_size=2))
+    assert again is not None
+    assert again.identity != places_of(DataLoader(rows, batch_size=2)).identity  # type: ignore[union-attr]
     assert next(iter(DataLoader(rows, batch_size=9)))["x"].tolist() == list(range(9)), (
         "the stream itself was not touched"
     )
 
 
-class Forgetful(IterableDataset[int]):
-    """Says where it is, and begins anew when it is told."""
+def _count_up() -> Iterator[dict[str, int]]:
+    yield from ({"x": i} for i in range(100))
 
-    def __iter__(self) -> Iterator[int]:
-        yield from range(20)
 
-    def state_dict(self) -> dict[str, int]:
-        return {"at": 3}
+def test_a_validation_of_the_same_source_moves_no_place() -> None:
+    def made() -> Places:
+        places = places_of(DataLoader(source.skip(20), batch_size=4))
+        assert places is not None
+        return places
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        assert state == {"at": 3}
+    source = IterableDataset.from_generator(_count_up)
+    places = made()
+    batches = iter(places.loader)
+    for rounds in range(1, 7):
+        next(batches)
+        places.note(rounds, 0)
+        if rounds == 3:
+            assert len(list(DataLoader(source.take(20), batch_size=4))) == 5
+    assert [place and place.rounds for place in map(places.last, (2, 3, 5, 6, 9))] == [None, 3, 5, 6, 6]
+    saved, later = places.last(6), made()
+    assert saved is not None
+    assert later.identity == places.identity
+    later.go_to(json.loads(json.dumps(saved.state)))
+    assert next(iter(later.loader))["x"].tolist() == next(batches)["x"].tolist() == [44, 45, 46, 47]
 
 
 @pytest.mark.parametrize(("buffer", "devices"), [(0, 1), (0, 2), (16, 1)])
 def test_a_stream_that_knows_its_place_is_not_read_again(
     buffer: int, devices: int, points_run: Callable[..., RunFolder], ranks: Ranks, tmp_path: Path
 ) -> None:
-    """In its second epoch, on one process and moved on to two; a buffer's content, which its state does not have, is."""
+    """In its second epoch, on one process and moved on to two; a buffer's content, which its state does not have, is.
+
+    Validations in between read a stream that shares its source with the training's.
+    """
     reads = tmp_path / "reads"
     args = f"{{reads: {reads}, buffer: {buffer}}}"
-    words = ("trainer.max_steps=45", "checkpoint.every_n_steps=40", "trainer.limit_val_batches=0")
+    words = (
+        "trainer.max_steps=45",
+        "checkpoint.every_n_steps=40",
+        "trainer.val_check_interval=19",
+        "trainer.limit_val_batches=3",
+    )
     whole = points_run("point_classifier", *words, factory="row_stream", args=args, name="whole")
     train(whole)
     assert reads.stat().st_size > 45 * 8
     reads.unlink()
     state = json.loads((whole.checkpoints / "step-40/state.json").read_text())["stream"]
-    assert (state == {}) if buffer else (state["epoch"] == 1)
+    assert (state == {}) if buffer else (state["epoch"] == 1 and state["passed"] == 40 * 8)
     more = (f"trainer.devices={devices}", "trainer.strategy=ddp") if devices > 1 else ()
     rest = points_run("point_classifier", *words, *more, factory="row_stream", args=args, name="rest")
     step_40 = whole.checkpoints / "step-40"

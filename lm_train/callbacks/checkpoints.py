@@ -72,8 +72,6 @@ class Checkpoints(L.Callback):
         self.writer, self.memory = Writer(), HostMemory()
         self._snapshot: Snapshot | None = None
         self._prepared = False
-        self._n_bytes: int | None = None
-        """Of this rank's tensors in a checkpoint."""
         self._saved_step: int | None = None
         self._blocked = 0.0
         self._best = math.inf
@@ -112,9 +110,9 @@ class Checkpoints(L.Callback):
             return
         views = checkpoint.views_of(module.net, trainer.optimizers[0], trainer.global_rank, trainer.world_size)
         flats = [view.flat for view in views.to_save()]
-        self._n_bytes = sum(map(bytes_of, flats))
-        if self._is_asynchronous(views):
-            self.memory.prepare(self._n_bytes, pinned=any(flat.is_cuda for flat in flats))
+        n_bytes = sum(map(bytes_of, flats))
+        if self._is_asynchronous(n_bytes):
+            self.memory.prepare(n_bytes, pinned=any(flat.is_cuda for flat in flats))
 
     def _is_due(self, trainer: StepTrainer) -> bool:
         steps = (self.section.every_n_steps, self.section.keep_every_n_steps)
@@ -182,8 +180,9 @@ class Checkpoints(L.Callback):
         state = {"step": step, **_state_of(trainer), **self.state()}
         take_buffers_of_first_rank(module.net)
         views = checkpoint.views_of(module.net, trainer.optimizers[0], trainer.global_rank, trainer.world_size)
-        memory = self.memory if self._is_asynchronous(views) else None
-        snapshot = self._snapshot = Snapshot(views, state, memory)
+        every = list(views.to_save())
+        memory = self.memory if self._is_asynchronous(sum(bytes_of(view.flat) for view in every)) else None
+        snapshot = self._snapshot = Snapshot(views, state, memory, every)
 
         def write() -> Published:
             self.ledger.sync()
@@ -210,15 +209,13 @@ class Checkpoints(L.Callback):
 
     def _take(self, written: tuple[Published, float] | None) -> None:
         if written is not None:
+            self._snapshot = None  # it holds on to the tensors themselves
             published, seconds = written
             self.saved(int(published.folder.name.removeprefix("step-")), self._blocked, seconds)
 
-    def _is_asynchronous(self, views: checkpoint.Views) -> bool:
+    def _is_asynchronous(self, n_bytes: int) -> bool:
         if self.section.asynchronous != "auto":
             return self.section.asynchronous
-        if self._n_bytes is None:
-            self._n_bytes = sum(bytes_of(view.flat) for view in views.to_save())
-        n_bytes = self._n_bytes
         ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         return self.memory.n_bytes >= n_bytes or available_host_memory() > ENOUGH_MEMORY * n_bytes * ranks
 

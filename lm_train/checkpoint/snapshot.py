@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from itertools import groupby
 from typing import Any
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lm_train.checkpoint.randomness import random_state
 from lm_train.checkpoint.views import View, Views
+from lm_train.errors import CheckpointError
 from lm_train.saved.tensors import TYPES, header_bytes
 
 _NAMES = {getattr(torch, name): name for name in TYPES}
@@ -62,14 +63,27 @@ class Snapshot:
         state: JSON values of the whole run; must hold `step`.
         memory: for a copy of the tensors, so that the training may go on; None: they must stay as they are until all is
             written.
+        every: what `views.to_save()` gives, where that is known.
+
+    Raises:
+        CheckpointError: if there is a tensor of a type that the format does not have.
     """
 
-    def __init__(self, views: Views, state: dict[str, Any], memory: HostMemory | None = None) -> None:
+    def __init__(
+        self,
+        views: Views,
+        state: dict[str, Any],
+        memory: HostMemory | None = None,
+        every: Sequence[View] | None = None,
+    ) -> None:
         self.rank, self.world = views.rank, views.world
         self.state = json.dumps(state, indent=1)
         self.optimizer = type(views.optimizer).__name__
         self.optimizer_step = views.optimizer_step()
-        self._every = list(views.to_save())
+        self._every = list(views.to_save() if every is None else every)
+        for view in self._every:
+            if view.flat.dtype not in _NAMES:
+                raise CheckpointError(f"{view.name}: tensors of type {view.flat.dtype} cannot be saved")
         # the widest first: each tensor then begins at a multiple of its elements' width, without a gap
         self._own = sorted((v for v in self._every if v.flat.numel()), key=lambda view: -view.flat.element_size())
         self._random = random_state()

@@ -36,7 +36,7 @@ from lm_train.data.cache import cache_folder, locked
 from lm_train.data.loading import LOOK_S, TimedLoader, watched
 from lm_train.data.module import DataModule
 from lm_train.data.order import key_of
-from lm_train.data.streams import Places, is_stream, resume_in_words, says_where_it_is
+from lm_train.data.streams import Places, is_stream, places_of, resume_in_words
 from lm_train.errors import DataError, UsageError
 from lm_train.plan import DataFacts, Plan
 from lm_train.recipe import AnyModel, CustomData
@@ -81,11 +81,10 @@ class CustomDataModule(DataModule):
         self.fingerprint = _digest(factory, self.section.args, _length(self.loader), told)
         self._rounds: int | None = None
         if is_stream(self.loader):
-            says_where = says_where_it_is(self.loader)
-            self.places = Places(self.loader) if says_where else None
-            if int(os.environ.get("RANK", 0)) == 0:
-                said = resume_in_words(self.loader.dataset, says_where)
-                print(f"{self.label}: {said}", file=sys.stderr, flush=True)
+            self.places = places_of(self.loader)
+            self._say(resume_in_words(self.loader.dataset, self.places is not None))
+            if self.places is not None:
+                self.loader = self.places.loader
         if not is_stream(self.loader):
             self._rounds = len(self._indices(0)) // self.plan.world_size
             if self._rounds == 0:
@@ -142,19 +141,33 @@ class CustomDataModule(DataModule):
         """Rounds of micro batches, one a rank, that lie behind the run after `step` optimizer steps."""
         return self.passed(step) // (self.plan.micro_batch_size * self.plan.world_size)
 
+    def _say(self, what: str) -> None:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"{self.label}: {what}", file=sys.stderr, flush=True)
+
     def saved_state(self, step: int) -> dict[str, Any]:
-        place = None if self.places is None else self.places.after(self.rounds_passed(step))
-        return {} if place is None else {"passed": self.passed(step), **place}
+        place = None if self.places is None else self.places.last(self.rounds_passed(step))
+        if self.places is None or place is None:
+            return {}
+        passed = place.rounds * self.plan.micro_batch_size * self.plan.world_size
+        return {"passed": passed, "epoch": place.epoch, "state": place.state, "identity": self.places.identity}
 
     def restore_state(self, state: dict[str, Any]) -> None:
         self._start = state or None
 
     def start_of_stream(self, rounds: int) -> tuple[int, int]:
-        """Epoch and rounds from which a stream is to be read on, so that after `rounds` of them it is at the run's place."""
+        """Epoch and number of the round from which a stream is read on, so that the run's place is after `rounds` of them."""
         place = self._start
-        if place is None or self.places is None or place["passed"] != self.passed(self.start_step):
+        if place is None or self.places is None:
             return 0, 0
-        return self.places.go_to(place), rounds
+        if place["identity"] != self.places.identity:
+            self._say("the stream is made another way than when this was saved; it is read again up to the place")
+            return 0, 0
+        number, rest = divmod(place["passed"], self.plan.micro_batch_size * self.plan.world_size)
+        if rest or number > rounds:
+            return 0, 0
+        self.places.go_to(place["state"])
+        return place["epoch"], number
 
     def skips(self, round_: int) -> bool:
         """Whether the training leaves a round of micro batches out."""
@@ -237,7 +250,7 @@ class CustomDataModule(DataModule):
             for generator in (loader.generator, getattr(sampler, "generator", None)):
                 if generator is not None:
                     generator.manual_seed(key)
-            for part in (sampler, loader.dataset):
+            for part in (sampler, *((loader.dataset,) if self.places is not None and loader is self.loader else ())):
                 if hasattr(part, "set_epoch"):
                     part.set_epoch(epoch)
             yield
@@ -290,7 +303,7 @@ class _Training:
                 if len(waiting) == world:
                     rounds += 1
                     number += 1
-                    if self.rank == 0 and data.places is not None:
+                    if self.rank == 0 and data.places is not None and number % data.plan.accumulate_grad_batches == 0:
                         data.places.note(number, epoch)
                     if number > done and not data.skips(number - 1):
                         yield waiting[self.rank]

@@ -1,25 +1,28 @@
 """Streams, whose samples can only be read one after another: what a run that goes on later makes of them.
 
-A data set that can say where it is and be told so, as those of the `datasets` package can (`state_dict` and `load_state_dict`;
-huggingface.co/docs/datasets/stream), goes on there at once: its state stands in the checkpoint. Whether that is true is
-tried on a copy before the first step: told the state behind its first batch, it must give the second one again. Any other
-stream, and one that processes of a loader read, is read again up to the place.
+A stream of the `datasets` package can say where it is and be told so (huggingface.co/docs/datasets/stream), and so goes on at
+once: its state stands in the checkpoint. It is tried on a copy before the first step: told the state behind its first batch,
+it must give the second one again. The training reads a copy of its own, since streams that were made of one share what keeps
+their place, and a validation would move it. Any other stream, one with a buffer to shuffle in, whose content its state does
+not have, and one that processes of a loader read, is read again up to the place.
 """
 
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
+import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-_REMEMBERED = 64
-"""Places of the latest rounds that are kept: the loop fetches a few batches before it has taken the step of the first."""
+_REMEMBERED = 4
+"""Places of the latest step boundaries that are kept."""
 
 
 def is_stream(loader: DataLoader[Any]) -> bool:
@@ -27,50 +30,63 @@ def is_stream(loader: DataLoader[Any]) -> bool:
     return isinstance(loader.dataset, IterableDataset) or loader.batch_sampler is None
 
 
+class Place(NamedTuple):
+    """Where a stream was after so many rounds of micro batches; JSON values."""
+
+    rounds: int
+    epoch: int
+    state: dict[str, Any]
+
+
 class Places:
-    """Where a stream was after each of the latest rounds of micro batches.
+    """A stream's latest places.
 
     Args:
-        loader: of a stream that `says_where_it_is`.
+        loader: the training's own, of a stream that can say where it is.
+        identity: of the stream, as long as what a place means is the same.
     """
 
-    def __init__(self, loader: DataLoader[Any]) -> None:
-        self.dataset: Any = loader.dataset
-        self._latest: dict[int, tuple[int, Any]] = {}
+    def __init__(self, loader: DataLoader[Any], identity: str) -> None:
+        self.loader, self.identity = loader, identity
+        self._dataset: Any = loader.dataset
+        self._latest: list[Place] = []
 
-    def note(self, round_: int, epoch: int) -> None:
+    def note(self, rounds: int, epoch: int) -> None:
         """So many rounds have been read, the last one in this epoch."""
-        self._latest[round_] = epoch, self.dataset.state_dict()
-        self._latest.pop(round_ - _REMEMBERED, None)
+        self._latest = [*self._latest[1 - _REMEMBERED :], Place(rounds, epoch, self._dataset.state_dict())]
 
-    def after(self, round_: int) -> dict[str, Any] | None:
-        """JSON values for `go_to`; None if it is not known any more."""
-        found = self._latest.get(round_)
-        return None if found is None else {"epoch": found[0], "state": found[1]}
+    def last(self, rounds: int) -> Place | None:
+        """After so many rounds, or fewer, where more were read ahead; None if it is not known any more."""
+        return next((place for place in reversed(self._latest) if place.rounds <= rounds), None)
 
-    def go_to(self, place: dict[str, Any]) -> int:
-        """The next iteration goes on there; the epoch that this place is in."""
-        self.dataset.load_state_dict(place["state"])
-        return int(place["epoch"])
+    def go_to(self, state: dict[str, Any]) -> None:
+        """The next iteration goes on there."""
+        self._dataset.load_state_dict(state)
 
 
-def says_where_it_is(loader: DataLoader[Any]) -> bool:
-    """Whether a stream, told a state of its own, gives the same samples again; tried on a copy with its first two batches."""
+def places_of(loader: DataLoader[Any]) -> Places | None:
+    """Of a stream that can say where it is, over a loader for the training alone; None of any other."""
+    package = sys.modules.get("datasets")  # who gives such a stream has imported it
     dataset: Any = loader.dataset
-    can = callable(getattr(dataset, "state_dict", None)) and callable(getattr(dataset, "load_state_dict", None))
-    if not can or loader.num_workers > 0:
-        return False
+    if package is None or not isinstance(dataset, package.IterableDataset) or type(loader) is not DataLoader:
+        return None
+    if loader.num_workers > 0 or any(_buffers(dataset)):
+        return None
     try:
-        first = _alike(loader)
-        batches = iter(first)
-        next(batches)
-        state = first.dataset.state_dict()  # type: ignore[attr-defined]
-        expected = next(batches)
+        trial = _alike(loader)
+        batches = iter(trial)
+        first = next(batches)
+        state = trial.dataset.state_dict()  # type: ignore[attr-defined]
+        second = next(batches)
         again = _alike(loader)
         again.dataset.load_state_dict(json.loads(json.dumps(state)))  # type: ignore[attr-defined]
-        return _equal(next(iter(again)), expected)
+        if not _equal(next(iter(again)), second):
+            return None
+        shards = getattr(dataset, "num_shards", getattr(dataset, "n_shards", None))
+        identity = hashlib.blake2b(f"{_structure(state)} {shards} {first}".encode(), digest_size=8).hexdigest()
+        return Places(_alike(loader), identity)
     except Exception:  # of the user's code: it cannot, then; what is wrong with it the training will tell
-        return False
+        return None
 
 
 def _alike(loader: DataLoader[Any]) -> DataLoader[Any]:
@@ -79,7 +95,15 @@ def _alike(loader: DataLoader[Any]) -> DataLoader[Any]:
         batch_size=loader.batch_size,
         collate_fn=loader.collate_fn,
         drop_last=loader.drop_last,
+        pin_memory=loader.pin_memory,
     )
+
+
+def _structure(state: Any) -> Any:
+    """What a state is made of, without the numbers in it."""
+    if isinstance(state, dict):
+        return {key: value if key == "type" else _structure(value) for key, value in sorted(state.items())}
+    return [_structure(value) for value in state] if isinstance(state, list) else None
 
 
 def _equal(a: Any, b: Any) -> bool:
@@ -109,11 +133,20 @@ def resume_in_words(dataset: Any, says_where: bool) -> str:
 
 def _generators(dataset: Any) -> Iterator[np.random.Generator]:
     """Those by which a stream of the `datasets` package shuffles; none of any other stream."""
+    return (
+        part.generator for part in _parts(dataset) if isinstance(getattr(part, "generator", None), np.random.Generator)
+    )
+
+
+def _buffers(dataset: Any) -> Iterator[int]:
+    """Sizes, less one, of those in which such a stream shuffles."""
+    return (getattr(part, "buffer_size", 1) - 1 for part in _parts(dataset))
+
+
+def _parts(dataset: Any) -> Iterator[Any]:
     part = getattr(dataset, "_ex_iterable", None)
     while part is not None:
-        generator = getattr(part, "generator", None)
-        if isinstance(generator, np.random.Generator):
-            yield generator
+        yield part
         part = getattr(part, "ex_iterable", None)
 
 

@@ -85,6 +85,11 @@ class TrainingModule(L.LightningModule, ABC):
         if self._spike_options is not None and self.withholding.spikes is None:
             self.withholding.spikes = SpikeRule(*self._spike_options, self.device)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the training computes. DeepSpeed moves a network there by itself, unknown to Lightning's own property."""
+        return super().device if self._trainer is None else self._trainer.strategy.root_device
+
     def configure_model(self) -> None:
         """Called by Lightning before optimizers exist; a strategy that cuts the network up does it here."""
         if isinstance(self.trainer.strategy, FullySharded | Zero):
@@ -112,7 +117,8 @@ class TrainingModule(L.LightningModule, ABC):
         if self._micro(batch_idx) == 0:
             self._make_spike_rule()
             self.withholding.begin()
-        _seed_dropout(_dropout_key(self.seed, self.global_step, self._micro(batch_idx), self.global_rank), self.device)
+        key = _dropout_key(self.seed, self.global_step, self._micro(batch_idx), self.global_rank)
+        _seed_dropout(key, self.device)
 
     def inputs(self, batch: Batch) -> dict[str, Tensor]:
         """What the network takes of a batch, by the name of its argument; floats in the type of its weights."""
@@ -177,8 +183,8 @@ class TrainingModule(L.LightningModule, ABC):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Global 2-norm over all parameters, kept for the log; one pass also when nothing is clipped. Then all is known by which
-        the update that follows is made or withheld.
+        """Global 2-norm over the optimizer's parameters, kept for the log; one pass also when nothing is clipped. Then all is
+        known by which the update that follows is made or withheld.
 
         DeepSpeed does the former by itself, and withholds what is not finite.
         """
@@ -189,7 +195,7 @@ class TrainingModule(L.LightningModule, ABC):
                 strategy.leave_out(spikes.is_spike(self._global_loss))
             return
         loss = None if spikes is None else self.step_loss
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        parameters = dict.fromkeys(p for group in optimizer.param_groups for p in group["params"])  # each once
         self._grad_norm, mean = clip_gradients(parameters, gradient_clip_val, loss)
         if loss is not None:
             loss = mean if mean is not None else self._over_replicas(loss)

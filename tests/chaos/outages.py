@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import shutil
@@ -39,7 +40,8 @@ def wandb_down(bench: Bench, case: int, draw: random.Random) -> dict[str, Any]:
         if way == "process":
             started.until(lambda: (ledger.last_step(run.ledger) or 0) >= step, f"step {step}")
             for pid in filter(_is_wandb_core, bench.left()):
-                os.kill(pid, signal.SIGKILL)
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
         else:
             started.until(lambda: server.requests >= requests or started.has_ended, f"request {requests}")
             server.die()
