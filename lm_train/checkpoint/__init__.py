@@ -3,7 +3,7 @@
 from lm_train.checkpoint.agreement import Group, group_of_all
 from lm_train.checkpoint.initial import set_initial_weights
 from lm_train.checkpoint.opening import open_agreed
-from lm_train.checkpoint.randomness import random_state, seed_random, set_random_state
+from lm_train.checkpoint.randomness import RandomState, seed_random, set_random_state
 from lm_train.checkpoint.reader import CheckpointReader
 from lm_train.checkpoint.saving import Published, save, write
 from lm_train.checkpoint.snapshot import HostMemory, Snapshot
@@ -15,13 +15,13 @@ __all__ = [
     "Group",
     "HostMemory",
     "Published",
+    "RandomState",
     "Snapshot",
     "View",
     "Views",
     "Writer",
     "group_of_all",
     "open_agreed",
-    "random_state",
     "save",
     "seed_random",
     "set_initial_weights",

@@ -11,18 +11,29 @@ import torch
 from torch import Tensor
 
 
-def random_state() -> dict[str, Any]:
-    """The states of Python's, NumPy's and torch's generators as JSON values."""
-    version, words, gauss = random.getstate()
-    _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
-    state: dict[str, Any] = {
-        "python": [version, list(words), gauss],
-        "numpy": [np.asarray(keys).tolist(), int(position), int(has_gauss), float(cached)],
-        "torch": base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode(),
-    }
-    if torch.cuda.is_available():
-        state["cuda"] = base64.b64encode(torch.cuda.get_rng_state().numpy().tobytes()).decode()
-    return state
+class RandomState:
+    """The states of Python's, NumPy's and torch's generators, as they are now: taken at once, written down later."""
+
+    def __init__(self) -> None:
+        self._python = random.getstate()
+        self._numpy = np.random.get_state(legacy=True)
+        self._torch = torch.get_rng_state()
+        self._cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+
+    def values(self) -> dict[str, Any]:
+        """As JSON values."""
+        version, words, gauss = self._python
+        _, keys, position, has_gauss, cached = self._numpy
+        state: dict[str, Any] = {
+            "python": [version, list(words), gauss],
+            "numpy": [np.asarray(keys).tolist(), int(position), int(has_gauss), float(cached)],
+            "torch": _text_of(self._torch),
+        }
+        return state if self._cuda is None else state | {"cuda": _text_of(self._cuda)}
+
+
+def _text_of(state: Tensor) -> str:
+    return base64.b64encode(state.numpy().tobytes()).decode()
 
 
 def seed_random(*key: int) -> None:

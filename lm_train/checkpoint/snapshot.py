@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lm_train.checkpoint.randomness import random_state
+from lm_train.checkpoint.randomness import RandomState
 from lm_train.checkpoint.views import View, Views
 from lm_train.errors import CheckpointError
 from lm_train.saved.tensors import TYPES, header_bytes
@@ -86,7 +86,7 @@ class Snapshot:
                 raise CheckpointError(f"{view.name}: tensors of type {view.flat.dtype} cannot be saved")
         # the widest first: each tensor then begins at a multiple of its elements' width, without a gap
         self._own = sorted((v for v in self._every if v.flat.numel()), key=lambda view: -view.flat.element_size())
-        self._random = random_state()
+        self._random = RandomState()
         flats = [view.flat for view in self._own]
         self._parts = flats if memory is None else [_copied(flats, memory)]
         self.n_given = 0
@@ -103,7 +103,7 @@ class Snapshot:
     def header(self) -> bytes:
         return header_bytes(
             ((f"{v.name}|{v.key}|{v.start}", type_name(v.flat), (v.flat.numel(),)) for v in self._own),
-            {"rng": json.dumps(self._random)},
+            {"rng": json.dumps(self._random.values())},
         )
 
     @cached_property

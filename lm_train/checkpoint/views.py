@@ -274,7 +274,5 @@ def shape_of(parameter: nn.Parameter) -> tuple[int, ...]:
 
 
 def _elementwise(state: Mapping[str, Any], like: Tensor) -> dict[str, Tensor]:
-    """Of an optimizer's state what has one value for each element."""
-    return {
-        key: value.detach() for key, value in state.items() if isinstance(value, Tensor) and value.shape == like.shape
-    }
+    """Of an optimizer's state, whose tensors never take a gradient, what has one value for each element."""
+    return {key: value for key, value in state.items() if isinstance(value, Tensor) and value.shape == like.shape}

@@ -21,8 +21,10 @@ class Writer:
         """Starts a write; the one before must have been taken by `finish` or `ready`."""
         assert self._thread is None, "a write is under way"
         began = time.monotonic()
+        goes_on = threading.Event()
 
         def run() -> None:
+            goes_on.wait()  # else this thread keeps the interpreter, and whoever started it waits for it
             try:
                 self._done = work(), time.monotonic() - began
             except BaseException as error:
@@ -31,6 +33,7 @@ class Writer:
         # a daemon: a process whose training has failed does not wait for ranks that are no more
         self._thread = threading.Thread(target=run, name="checkpoint writer", daemon=True)
         self._thread.start()
+        goes_on.set()
 
     @property
     def is_busy(self) -> bool:
