@@ -15,7 +15,7 @@ from safetensors import safe_open
 from torch import nn
 
 from lm_train import checkpoint, resume, runs
-from lm_train.checkpoint import CheckpointReader, saving, set_random_state, views_of
+from lm_train.checkpoint import CheckpointReader, RandomState, saving, set_random_state, views_of
 from lm_train.errors import CheckpointError, ExitCode, OutputError, UsageError
 from lm_train.hardware import Machine
 from lm_train.optim import build_optimizer
