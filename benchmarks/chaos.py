@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from report import RESULTS, write_results
 
 from tests.chaos.bench import Bench
-from tests.chaos.pieces import PIECES, SEED, Piece, Row, append, read, run_case
+from tests.chaos.pieces import PIECES, SEED, Piece, Row, append, read, read_all, run_case
 
 
 def main() -> int:
@@ -45,7 +45,7 @@ def main() -> int:
         return 0
     file = asked.folder / f"rows-{asked.seed}.jsonl"
     if asked.what == "report":
-        return report(pieces, read(file), asked.seed)
+        return report(pieces, read_all(file), asked.seed)
     return run(pieces, asked, file)
 
 
@@ -75,7 +75,9 @@ def _told(row: Row) -> str:
     return f"ok, {row.points}" if row.ok else f"FAILED: {row.note}"
 
 
-def report(pieces: list[Piece], rows: list[Row], seed: int) -> int:
+def report(pieces: list[Piece], every: list[Row], seed: int) -> int:
+    rows = list({(row.piece, row.case): row for row in every}.values())
+    mended = [row for row in every if not row.ok and row not in rows]
     table: list[dict[str, Any]] = []
     for piece in pieces:
         own = [row for row in rows if row.piece == piece.name]
@@ -98,9 +100,11 @@ def report(pieces: list[Piece], rows: list[Row], seed: int) -> int:
         for row in table
     ]
     failures = [f"* {row['piece']}: {failure}" for row in table for failure in row["failures"]]
-    text = "\n".join(
-        [*lines, "", *(["Failures:", "", *failures] if failures else ["No failure among the cases done."])]
-    )
+    lines += ["", *(["Failures:", "", *failures] if failures else ["No failure among the cases done."])]
+    if mended:
+        lines += ["", "Failed, and done again after the cause had been found:", ""]
+        lines += [f"* {row.piece}: case {row.case}: {row.note.splitlines()[0][:200]}" for row in mended]
+    text = "\n".join(lines)
     print(text)
     write_results("chaos", {"seed": seed, "pieces": table}, "chaos")
     head = f"# Chaos suite\n\n`python benchmarks/chaos.py run && python benchmarks/chaos.py report`, seed {seed}\n\n"

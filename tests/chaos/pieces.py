@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import time
@@ -150,13 +151,14 @@ def append(file: Path, row: Row) -> None:
 
 
 def read(file: Path) -> list[Row]:
-    """The rows so far, the last one of each case; a torn last line is left out."""
-    rows: dict[tuple[str, int], Row] = {}
-    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-    for line in lines:
-        try:
-            row = Row(**json.loads(line))
-        except (ValueError, TypeError):
-            continue
-        rows[row.piece, row.case] = row
-    return list(rows.values())
+    """The rows so far, the last one of each case."""
+    return list({(row.piece, row.case): row for row in read_all(file)}.values())
+
+
+def read_all(file: Path) -> list[Row]:
+    """Also those of cases that were done again; a torn last line is left out."""
+    rows = []
+    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
+        with contextlib.suppress(ValueError, TypeError):
+            rows.append(Row(**json.loads(line)))
+    return rows
