@@ -181,7 +181,7 @@ def test_lasting_spikes_take_the_run_back(new_run: NewRun) -> None:
     assert anomalies.rollbacks(folder.anomalies) == [RollBackRow("spike", 20, 23, ((19 * 16, 23 * 16),))]
 
 
-@pytest.mark.parametrize("strategy", ["ddp", pytest.param("zero1", marks=pytest.mark.slow), "zero2"])
+@pytest.mark.parametrize("strategy", ["ddp", *(pytest.param(s, marks=pytest.mark.slow) for s in ("zero1", "zero2"))])
 def test_a_flipped_bit_is_found_and_not_saved(new_run: NewRun, ranks: Ranks, strategy: str) -> None:
     words = (
         "trainer.max_steps=12",

@@ -321,7 +321,10 @@ def test_perplexity_and_bits_per_byte() -> None:
     Bits: 1.3863 / ln 2 = 2 a token; with 2.5 bytes of text a token, 2 / 2.5 = 0.8 bits a byte, whatever the tokenizer.
     """
     module = CausalLanguageModel(Guessing(), RECIPE.optim, PLAN, 0)
-    module._trainer = SimpleNamespace(datamodule=SimpleNamespace(bytes_per_token=lambda split: 2.5))
+    module._trainer = SimpleNamespace(
+        datamodule=SimpleNamespace(bytes_per_token=lambda split: 2.5),
+        strategy=SimpleNamespace(root_device=torch.device("cpu")),
+    )
     module.start_evaluation()
     for targets in ([[0, 1]], [[2, IGNORED]]):  # the second sequence is shorter; what fills it up does not count
         module.evaluate({"tokens": torch.zeros(1, 2, dtype=torch.long), "targets": torch.tensor(targets)})

@@ -112,7 +112,7 @@ def test_ctrl_c_saves_both_ranks_and_the_same_command_goes_on(launch) -> None:
     assert steps[-1] == step + 30
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)])
 def test_a_preemption_signal_saves_and_asks_for_a_requeue(launch, number: signal.Signals) -> None:
     command = launch(*ENDLESS)
     command.wait_for_steps()
@@ -155,6 +155,7 @@ def test_a_signal_before_the_first_step_ends_in_order(launch, delay: float) -> N
     assert "Traceback" not in logs
 
 
+@pytest.mark.slow
 def test_a_run_killed_and_started_again_has_the_losses_of_the_undisturbed_one(launch) -> None:
     words = (
         "trainer.max_steps=400",

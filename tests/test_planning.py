@@ -188,6 +188,7 @@ def test_text_and_json_say_the_same(capsys: pytest.CaptureFixture[str]) -> None:
     assert set(content) == {"plan", "rejected", "notes", "shortage"}
 
 
+@pytest.mark.slow
 def test_probe_corrects_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
     """Real steps on this machine: the step's time is the measured one, and the run's hours follow from it."""
     tiny = "model={kind: gpt, n_layer: 1, n_head: 2, n_embd: 32, block_size: 32}"

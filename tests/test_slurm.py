@@ -381,6 +381,7 @@ def test_the_command_of_the_first_trial(site: Site) -> None:
     assert steps(site.only_run()) == [1, 2]
 
 
+@pytest.mark.slow
 def test_a_hub_out_of_reach_is_one_line(site: Site) -> None:
     """As on a compute node without a network."""
     done = site.run("srun", site.train, "recipe=gpt_small", HF_ENDPOINT="http://127.0.0.1:9")

@@ -196,6 +196,7 @@ def test_gradients_are_complete_where_their_stage_ends() -> None:
 # ---- the process
 
 
+@pytest.mark.slow
 def test_a_process_traces_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     recipe = load(["recipe=hf_gpt2", "data.tokenizer=bytes"])

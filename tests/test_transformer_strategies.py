@@ -38,7 +38,7 @@ PAIRS = (
     "data={kind: pairs, tokenizer: chars}",
 )
 TASKS = {"masked_lm": MASKED, "classification": CLASSES, "seq2seq": PAIRS}
-STRATEGIES = ("ddp", "fsdp", "zero3", *(pytest.param(s, marks=pytest.mark.slow) for s in ("zero1", "zero2")))
+STRATEGIES = ("ddp", "fsdp", *(pytest.param(s, marks=pytest.mark.slow) for s in ("zero1", "zero2", "zero3")))
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,6 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
 
 FAST = {
     "kills": (0,),
-    "saves": (4,),
     "flips": (0,),
     "cuts": (0,),
     "clean": (0,),
@@ -29,19 +28,18 @@ FAST = {
     "stopped": (1,),
     "owners": (0,),
     "worlds": (0,),
-    "strategies": (0,),
     "values": (0,),
     "replicas": (1,),
 }
 SLOW = {
     "kills": (1, 2, 3, 4, 5, 6, 8, 12, 13, 14, 15),
-    "saves": (0, 1, 5, 6, 8),
+    "saves": (0, 1, 4, 5, 6, 8),
     "damage": (1, 2, 3),
     "disk": (1,),
     "signals": (2, 3, 4, 9),
     "stopped": (0, 4),
     "worlds": (1,),
-    "strategies": (1,),
+    "strategies": (0, 1),
     "values": (1, 2, 3, 4),
     "replicas": (0,),
     "outages": (0, 1, 2),
