@@ -101,6 +101,7 @@ def report(pieces: list[Piece], every: list[Row], seed: int) -> int:
     ]
     failures = [f"* {row['piece']}: {failure}" for row in table for failure in row["failures"]]
     lines += ["", *(["Failures:", "", *failures] if failures else ["No failure among the cases done."])]
+    lines += ["", f"The cases took {sum(row.seconds for row in rows) / 3600:.1f} hours, one after another."]
     if mended:
         lines += ["", "Failed, and done again after the cause had been found:", ""]
         lines += [f"* {row.piece}: case {row.case}: {row.note.splitlines()[0][:200]}" for row in mended]

@@ -140,7 +140,7 @@ def _generators(dataset: Any) -> Iterator[np.random.Generator]:
 
 def _buffers(dataset: Any) -> Iterator[int]:
     """Sizes, less one, of those in which such a stream shuffles."""
-    return (getattr(part, "buffer_size", 1) - 1 for part in _parts(dataset))
+    return ((getattr(part, "buffer_size", None) or 1) - 1 for part in _parts(dataset))
 
 
 def _parts(dataset: Any) -> Iterator[Any]:
